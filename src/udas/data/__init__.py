@@ -1,0 +1,1 @@
+"""Pictures, labels and how they reach the network."""

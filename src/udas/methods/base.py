@@ -1,0 +1,140 @@
+"""The contract of a method: what it sees, what it optimises, one training step, and the model it hands on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from udas.config import MethodConfig, OptimiserConfig
+from udas.data.batch import Batch, Stream
+
+if TYPE_CHECKING:
+    from udas.networks.segmenters import Segmenter
+    from udas.taxonomy import Taxonomy
+
+
+class Minimise(Protocol):
+    """Adds one term to what the open update minimises."""
+
+    def __call__(self, loss: Tensor, name: str) -> None:
+        """Back-propagate the scalar `loss` into the update's parameters and log it under `name`."""
+
+
+class Engine(Protocol):
+    """What a training loop lends to its method."""
+
+    def update(self, name: str) -> AbstractContextManager[Minimise]:
+        """One optimiser step around the enclosed `minimise` calls."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be learnt, as far as a method needs to know.
+
+    segmenter: builds a network for this run's classes, with its pretrained weights or the weights of an earlier stage.
+    streams: the streams this stage provides.
+    steps: optimiser steps of the whole training.
+    """
+
+    taxonomy: Taxonomy
+    segmenter: Callable[[], Segmenter]
+    streams: frozenset[Stream]
+    steps: int
+
+
+@dataclass(frozen=True)
+class Optimised:
+    """Parameter groups of one optimiser: `{"params": ..., "factor": multiple of the base learning rate}`."""
+
+    groups: list[dict[str, Any]]
+    config: OptimiserConfig
+
+    @classmethod
+    def module(cls, module: nn.Module, config: OptimiserConfig) -> Optimised:
+        """All trainable parameters of `module` at the base learning rate."""
+        return cls([{"params": trainable(module.parameters()), "factor": 1.0}], config)
+
+    @classmethod
+    def segmenter(cls, segmenter: Segmenter, config: OptimiserConfig) -> Optimised:
+        """Encoder at the base learning rate, decoder at `head_factor` times it."""
+        encoder, decoder = trainable(segmenter.encoder_parameters()), trainable(segmenter.decoder_parameters())
+        return cls([{"params": encoder, "factor": 1.0}, {"params": decoder, "factor": config.head_factor}], config)
+
+
+def trainable(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
+    """Those parameters that ask for a gradient."""
+    return [parameter for parameter in parameters if parameter.requires_grad]
+
+
+C = TypeVar("C", bound=MethodConfig)
+
+
+class Method(nn.Module, ABC, Generic[C]):
+    """A training method. What it remembers is modules and buffers, so that checkpoints need no method code.
+
+    `needs` are the streams it cannot do without, `optional` those it uses when they are given. It holds no code for
+    devices, precision, processes or logging: `update` does that.
+    """
+
+    settings: ClassVar[type[MethodConfig]]
+    needs: ClassVar[frozenset[Stream]] = frozenset()
+    optional: ClassVar[frozenset[Stream]] = frozenset()
+
+    def __init__(self, config: C, task: Task) -> None:
+        super().__init__()
+        self.config = config
+        self.task = task
+        self.engine: Engine | None = None
+
+    def update(self, name: str) -> AbstractContextManager[Minimise]:
+        """One step of optimiser `name` on the sum of what is minimised inside: `with self.update("critic") as minimise`."""
+        assert self.engine is not None, "a method steps only inside a training loop"
+        return self.engine.update(name)
+
+    @abstractmethod
+    def optimised(self) -> dict[str, Optimised]:
+        """The optimisers of this method by name."""
+
+    @abstractmethod
+    def step(self, batch: Batch) -> None:
+        """One training step, as the paper writes it."""
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The network that is evaluated, exported and handed to the next stage."""
+
+    def preview(self, batch: Batch) -> dict[str, Tensor]:
+        """Pictures worth looking at while training: title -> [B, 3, H, W] in [0, 1]."""
+        return {}
+
+
+class SegmentationMethod(Method[C]):
+    """Base of the methods that train one segmentation network, with an optional running average of its weights."""
+
+    def __init__(self, config: C, task: Task, average: float | None = None) -> None:
+        super().__init__(config, task)
+        self.segmenter = task.segmenter()
+        self.average = average and Average(self.segmenter, average)
+
+    def model(self) -> nn.Module:
+        """The averaged network where an average is kept, else the trained one."""
+        return self.average.module if self.average else self.segmenter
+
+    def follow(self) -> None:
+        """Move the average one step towards the trained network; call at the end of `step`."""
+        if self.average:
+            self.average.update_parameters(self.segmenter)
+
+
+class Average(AveragedModel):
+    """Exponential moving average of a network's weights and running statistics: w <- d w + (1 - d) w_now."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+        self.requires_grad_(False)

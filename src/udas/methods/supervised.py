@@ -1,0 +1,89 @@
+"""Supervised training on every labelled stream that is given."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.data.batch import Batch, Block, Stream
+from udas.data.mixing import strong
+from udas.losses import cross_entropy
+from udas.methods.base import Optimised, SegmentationMethod, Task
+from udas.networks.segmenters import Segmenter
+
+
+class SupervisedConfig(MethodConfig):
+    """Settings of supervised training."""
+
+    name: Literal["supervised"] = "supervised"
+    optimiser: OptimiserConfig = OptimiserConfig()
+    weights: dict[Stream, float] = Field(default_factory=dict, description="weight of a stream's loss; 1 if not named")
+    class_weights: dict[str, float] = Field(default_factory=dict, description="w_c of a class by name; 1 if not named")
+    hard_share: Share = Field(1.0, description="share of hardest pixels that count (OHEM); 1 = all")
+    auxiliary: float = Field(0.1, ge=0, description="weight of the loss on auxiliary outputs, where the network has them")
+    confidence: bool = Field(False, description="weight pseudo-labels by their confidence")
+    strong: bool = Field(False, description="strong colour augmentation of the pseudo-labelled pictures, on the device")
+    average: float | None = Field(None, gt=0, lt=1, description="decay of the running average of weights that is kept")
+
+
+class Supervised(SegmentationMethod[SupervisedConfig]):
+    """Pixel cross-entropy: L = sum over streams k of w_k CE(f(x_k), y_k).
+
+    Source only, target labels, pseudo-labels, or several at once: the stage's streams decide.
+    """
+
+    settings = SupervisedConfig
+    optional = frozenset({Stream.SOURCE, Stream.LABELLED, Stream.PSEUDO})
+
+    def __init__(self, config: SupervisedConfig, task: Task) -> None:
+        super().__init__(config, task, config.average)
+        self.register_buffer("class_weight", class_weights(config.class_weights, task))
+
+    def optimised(self) -> dict[str, Optimised]:
+        """One optimiser, for the segmenter."""
+        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
+
+    def step(self, batch: Batch) -> None:
+        """Minimise the weighted sum of the streams' cross-entropies."""
+        with self.update("segmenter") as minimise:
+            for stream in sorted(self.task.streams & self.optional):
+                block: Block = getattr(batch, stream)
+                minimise(self.config.weights.get(stream, 1.0) * self._loss(block), stream)
+        self.follow()
+
+    def _loss(self, block: Block) -> Tensor:
+        assert block.label is not None
+        image = strong(block.image, block.seeds) if self.config.strong and block.is_pseudo else block.image
+        weight = block.confidence if self.config.confidence else None
+        return segmentation_loss(
+            self.segmenter, image, block.label, self.class_weight, weight, self.config.hard_share, self.config.auxiliary
+        )
+
+
+def class_weights(by_name: dict[str, float], task: Task) -> Tensor:
+    """[C] weights in the order of the label space. Raises `ConfigError` for an unknown class."""
+    weight = torch.ones(len(task.taxonomy.classes))
+    for name, value in by_name.items():
+        weight[task.taxonomy.index(name)] = value
+    return weight
+
+
+def segmentation_loss(
+    segmenter: Segmenter,
+    image: Tensor,
+    label: Tensor,
+    class_weight: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+    hard_share: float = 1.0,
+    auxiliary: float = 0.1,
+) -> Tensor:
+    """Cross-entropy of the main output plus `auxiliary` times that of every further output."""
+    main, *others = segmenter.levels(image)
+    loss = cross_entropy(main, label, class_weight, pixel_weight, hard_share)
+    for output in others:
+        loss = loss + auxiliary * cross_entropy(output, label, class_weight, pixel_weight, hard_share)
+    return loss
