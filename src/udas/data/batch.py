@@ -8,8 +8,9 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
-IGNORE = 255
-"""The label id of pixels that count nowhere."""
+from udas.taxonomy import IGNORE
+
+__all__ = ["IGNORE", "Batch", "Block", "Stream"]
 
 
 class Stream(StrEnum):

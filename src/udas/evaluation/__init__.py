@@ -1,0 +1,1 @@
+"""How good a network is: confusion matrices, published protocols, and tables of the results."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Protocol, TypeVar
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from udas.config import MethodConfig, OptimiserConfig
 from udas.data.batch import Batch, Stream
-
-if TYPE_CHECKING:
-    from udas.networks.segmenters import Segmenter
-    from udas.taxonomy import Taxonomy
+from udas.networks.segmenters import Segmenter
+from udas.networks.weights import save_segmenter
+from udas.taxonomy import Taxonomy
 
 
 class Minimise(Protocol):
@@ -83,6 +84,7 @@ class Method(nn.Module, ABC, Generic[C]):
     """
 
     settings: ClassVar[type[MethodConfig]]
+    makes: ClassVar[Literal["segmenter", "translator"]] = "segmenter"
     needs: ClassVar[frozenset[Stream]] = frozenset()
     optional: ClassVar[frozenset[Stream]] = frozenset()
 
@@ -109,6 +111,10 @@ class Method(nn.Module, ABC, Generic[C]):
     def model(self) -> nn.Module:
         """The network that is evaluated, exported and handed to the next stage."""
 
+    @abstractmethod
+    def save_model(self, path: Path) -> None:
+        """Write `model()` with all that is needed to use it again."""
+
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures worth looking at while training: title -> [B, 3, H, W] in [0, 1]."""
         return {}
@@ -120,21 +126,33 @@ class SegmentationMethod(Method[C]):
     def __init__(self, config: C, task: Task, average: float | None = None) -> None:
         super().__init__(config, task)
         self.segmenter = task.segmenter()
-        self.average = average and Average(self.segmenter, average)
+        self.average = Average(self.segmenter, average) if average else None
 
-    def model(self) -> nn.Module:
+    def model(self) -> Segmenter:
         """The averaged network where an average is kept, else the trained one."""
         return self.average.module if self.average else self.segmenter
+
+    def save_model(self, path: Path) -> None:
+        """Network, configuration, classes and normalisation in one safetensors file."""
+        save_segmenter(path, self.model(), self.task.taxonomy)
 
     def follow(self) -> None:
         """Move the average one step towards the trained network; call at the end of `step`."""
         if self.average:
-            self.average.update_parameters(self.segmenter)
+            self.average.update(self.segmenter)
 
 
-class Average(AveragedModel):
+class Average(nn.Module):
     """Exponential moving average of a network's weights and running statistics: w <- d w + (1 - d) w_now."""
 
-    def __init__(self, network: nn.Module, decay: float) -> None:
-        super().__init__(network, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
-        self.requires_grad_(False)
+    def __init__(self, network: Segmenter, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.module = copy.deepcopy(network).requires_grad_(False)
+
+    @torch.no_grad()
+    def update(self, network: Segmenter) -> None:
+        """One step towards `network`; counters are copied."""
+        own, new = self.module.state_dict().values(), network.state_dict().values()
+        for mine, theirs in zip(own, new, strict=True):
+            mine.lerp_(theirs, 1 - self.decay) if mine.is_floating_point() else mine.copy_(theirs)

@@ -51,13 +51,14 @@ class Supervised(SegmentationMethod[SupervisedConfig]):
         """Minimise the weighted sum of the streams' cross-entropies."""
         with self.update("segmenter") as minimise:
             for stream in sorted(self.task.streams & self.optional):
-                block: Block = getattr(batch, stream)
-                minimise(self.config.weights.get(stream, 1.0) * self._loss(block), stream)
+                weight = self.config.weights.get(stream, 1.0)
+                minimise(weight * self._loss(stream, getattr(batch, stream)), stream)
         self.follow()
 
-    def _loss(self, block: Block) -> Tensor:
+    def _loss(self, stream: Stream, block: Block) -> Tensor:
         assert block.label is not None
-        image = strong(block.image, block.seeds) if self.config.strong and block.is_pseudo else block.image
+        augment = self.config.strong and stream == Stream.PSEUDO
+        image = strong(block.image, block.seeds) if augment else block.image
         weight = block.confidence if self.config.confidence else None
         return segmentation_loss(
             self.segmenter, image, block.label, self.class_weight, weight, self.config.hard_share, self.config.auxiliary

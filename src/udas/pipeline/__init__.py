@@ -1,0 +1,1 @@
+"""Stages, how they are chained, and what is done again after a change."""

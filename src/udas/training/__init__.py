@@ -1,0 +1,1 @@
+"""The training loop: devices and processes, optimisers, checkpoints and logs. Methods know nothing of it."""

@@ -1,0 +1,5 @@
+"""`python -m udas`, for launchers such as torchrun."""
+
+from udas.cli import main
+
+main()

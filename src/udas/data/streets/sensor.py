@@ -1,0 +1,57 @@
+"""What the air, the lens, the chip and the file format do to a picture of the `camera` look."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+
+from udas.data.streets.camera import Floats
+from udas.data.streets.looks import Look, Sensor
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def in_fog(colour: Floats, depth: Floats, look: Look, rng: np.random.Generator) -> Floats:
+    """Koschmieder: c exp(-k d) + fog (1 - exp(-k d)); colour [H, W, 3], depth [H, W] metres. The sky stays."""
+    if look.sensor is None:
+        return colour
+    low, high = look.sensor.fog
+    density = np.float32(low * (high / low) ** rng.random())
+    fog = np.float32(look.palette.horizon.mean(0) * rng.uniform(0.85, 1.0))
+    clear = np.exp(-density * np.minimum(depth, 150))[..., None]
+    return fog + (colour - fog) * clear
+
+
+def photograph(colour: Floats, sensor: Sensor, rng: np.random.Generator) -> NDArray[np.uint8]:
+    """Exposure, white balance, vignetting, blur, noise and JPEG compression; [H, W, 3] in [0, 1] to bytes."""
+    height, width = colour.shape[:2]
+    exposed = colour * (_gains(sensor, rng) * _vignette(height, width, rng.uniform(*sensor.vignette)))
+    grey = (exposed @ LUMA)[..., None]
+    exposed = grey + (exposed - grey) * np.float32(rng.uniform(*sensor.saturation))
+    exposed = np.clip(exposed, 0, 1) ** np.float32(rng.uniform(*sensor.gamma))
+    image = Image.fromarray((exposed * 255).astype(np.uint8))
+    image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*sensor.blur) * width / 256))
+    grain = rng.standard_normal((height, width, 3), np.float32) * np.float32(255 * rng.uniform(*sensor.noise))
+    noisy = np.clip(np.asarray(image, np.float32) + grain, 0, 255).astype(np.uint8)
+    return _compressed(noisy, int(rng.integers(*sensor.jpeg)))
+
+
+def _gains(sensor: Sensor, rng: np.random.Generator) -> Floats:
+    """Exposure and white balance: factors on red, green and blue."""
+    warmth, tint = rng.uniform(*sensor.warmth), rng.normal(0, sensor.tint / 2)
+    return np.float32(rng.uniform(*sensor.exposure) * np.array([1 + warmth / 2, 1 + tint, 1 - warmth / 2]))
+
+
+def _vignette(height: int, width: int, strength: float) -> Floats:
+    """Light falls off towards the corners, [H, W, 1]."""
+    rows, columns = np.linspace(-1, 1, height, dtype=np.float32), np.linspace(-1, 1, width, dtype=np.float32)
+    return (1 - np.float32(strength / 2) * (rows[:, None] ** 2 + columns[None, :] ** 2))[..., None]
+
+
+def _compressed(image: NDArray[np.uint8], quality: int) -> NDArray[np.uint8]:
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    return np.asarray(Image.open(buffer).convert("RGB"))

@@ -1,0 +1,108 @@
+"""Results side by side, for people (text, Markdown) in percent and for programs (CSV, JSON) as shares."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+Form = Literal["text", "json", "csv", "markdown"]
+Row = tuple[str, Mapping[str, Any]]
+"""Title, and the content of its `evaluation.json`."""
+
+_ABSENT = "-"
+
+
+def table(rows: Sequence[Row], form: Form = "text") -> str:
+    """A comparison of evaluations.
+
+    Text has one column per result, Markdown one line per result. Both end with how each number was measured and which
+    classes were left out of a mean because they occur neither in the labels nor in the predictions.
+
+    Args:
+        rows: (title, content of `evaluation.json`), in the order they are shown.
+        form: text, json, csv or markdown.
+    """
+    return {"text": _text, "json": _json, "csv": _csv, "markdown": _markdown}[form](rows)
+
+
+def _classes(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(name for _, result in rows for name in result["iou"]))
+
+
+def _percent(share: float | None) -> str:
+    return _ABSENT if share is None else f"{100 * share:.1f}"
+
+
+def _cells(result: Mapping[str, Any], classes: Sequence[str]) -> dict[str, str]:
+    low, high = result["interval"]
+    return {
+        "mIoU": _percent(result["miou"]),
+        "95 % interval": f"{_percent(low)} to {_percent(high)}",
+        "pixel accuracy": _percent(result["pixel_accuracy"]),
+        **{name: _percent(result["iou"].get(name)) for name in classes},
+    }
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    """How the numbers were measured: once when it is the same for all, else by title."""
+    how = [f"{result['pictures']} pictures; {result['protocol']}" for _, result in rows]
+    notes = how[:1] if len(set(how)) == 1 else [f"{row[0]}: {text}" for row, text in zip(rows, how, strict=True)]
+    for title, result in rows:
+        if result["absent"]:
+            names = ", ".join(result["absent"])
+            notes.append(f"{title}: left out of the mean, in neither labels nor predictions: {names}")
+    return notes
+
+
+def _text(rows: Sequence[Row]) -> str:
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    grid.add_column("%")
+    for title, _ in rows:
+        grid.add_column(Text(title), justify="right")
+    classes = _classes(rows)
+    columns = [_cells(result, classes) for _, result in rows]
+    for line in columns[0] if columns else ():
+        grid.add_row(Text(line), *(column[line] for column in columns), end_section=line == "pixel accuracy")
+    console = Console(file=io.StringIO(), width=10_000, color_system=None)
+    console.print(grid)
+    drawn = console.file.getvalue()  # type: ignore[attr-defined]
+    lines = [line[1:].rstrip() for line in drawn.splitlines()]
+    return "\n".join([*filter(None, lines), *_notes(rows)]) + "\n"
+
+
+def _markdown(rows: Sequence[Row]) -> str:
+    classes = _classes(rows)
+    lines = [[_escape(title), *_cells(result, classes).values()] for title, result in rows]
+    head = ["", "mIoU", "95 % interval", "pixel accuracy", *map(_escape, classes)]
+    grid = [head, ["---", *("---:" for _ in head[1:])], *lines]
+    notes = [f"* {_escape(note)}" for note in _notes(rows)]
+    return "\n".join(["| " + " | ".join(cells) + " |" for cells in grid] + ["", *notes]) + "\n"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _csv(rows: Sequence[Row]) -> str:
+    classes = _classes(rows)
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    head = ["title", "miou", "low", "high", "pixel_accuracy", *classes, "absent", "pictures", "split", "protocol"]
+    writer.writerow(head)
+    for title, result in rows:
+        numbers = [result["miou"], *result["interval"], result["pixel_accuracy"], *map(result["iou"].get, classes)]
+        record = [" ".join(result["absent"]), result["pictures"], result["split"], result["protocol"]]
+        writer.writerow([title, *numbers, *record])
+    return out.getvalue()
+
+
+def _json(rows: Sequence[Row]) -> str:
+    return json.dumps([{"title": title, **result} for title, result in rows], indent=1) + "\n"

@@ -1,0 +1,138 @@
+"""The teacher of UDAS: supervised on synthetic pictures, output-space adversary, domain CutMix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.data.batch import Batch, Block, Stream
+from udas.data.mixing import cutmix_boxes, jitter, paste
+from udas.losses import binary_cross_entropy, cross_entropy, squared_distance
+from udas.methods.base import Minimise, Optimised, SegmentationMethod, Task
+from udas.networks.discriminators import MultiScaleDiscriminator, PatchDiscriminator
+
+REAL, FAKE = 1.0, 0.0  # what the critic should say of labelled-domain and of target predictions
+
+
+class UDASConfig(MethodConfig):
+    """Settings of the UDAS teacher."""
+
+    name: Literal["udas"] = "udas"
+    optimiser: OptimiserConfig = OptimiserConfig()
+    critic_optimiser: OptimiserConfig = OptimiserConfig(name="adam", lr=1e-4, betas=(0.9, 0.99), weight_decay=0)
+    adversarial: float = Field(0.001, ge=0, description="lambda_adv, weight of the output-space adversary; 0 = none")
+    cutmix: float = Field(0.5, ge=0, description="lambda_cm, weight of domain CutMix; used when real labels exist")
+    source: float = Field(1.0, ge=0, description="weight of L_seg on pure synthetic pictures; 0 = mixed pictures only")
+    labelled: float = Field(0.0, ge=0, description="weight of plain cross-entropy on the labelled real pictures")
+    jitter: float = Field(0.4, ge=0, le=1, description="brightness, contrast and colour range of mixed pictures")
+    critic: Literal["patch", "multiscale"] = Field("patch", description="discriminator of the predictions")
+    gan: Literal["vanilla", "least_squares"] = Field("least_squares", description="loss of the adversary")
+    temperature: float = Field(1.0, gt=0, description="T: the critic sees softmax(logits / T); below 1 sharpens")
+    confidence: Share = Field(0.0, description="pixels less confident than this are blanked before the critic")
+    auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
+    hard_share: Share = Field(1.0, description="share of hardest source pixels that count (OHEM); 1 = all")
+    average: float | None = Field(None, gt=0, lt=1, description="decay of the running average of weights that is kept")
+
+
+class UDAS(SegmentationMethod[UDASConfig]):
+    """UDAS teacher: L = L_seg + lambda_cm L_cm + lambda_adv L_adv.
+
+    x_s, y_s: synthetic (repainted) pictures and labels; x_l, y_l: labelled real; x_t: unlabelled real.
+    L_seg = CE(f(x_s), y_s)
+    L_cm  = CE(f(x_m), y_m): a box of x_l pasted on x_s, labels likewise, then a random change of colours
+    L_adv = l(D(softmax f(x_t)), real): the target's predictions must look like those of the labelled domain, where D
+            learns l(D(softmax f(x_m or x_s)), real) + l(D(softmax f(x_t)), fake).
+    Without labelled real pictures L_cm is absent and the method is pure unsupervised domain adaptation.
+    """
+
+    settings = UDASConfig
+    needs = frozenset({Stream.SOURCE, Stream.UNLABELLED})
+    optional = frozenset({Stream.LABELLED})
+
+    def __init__(self, config: UDASConfig, task: Task) -> None:
+        super().__init__(config, task, config.average)
+        critic = PatchDiscriminator if config.critic == "patch" else MultiScaleDiscriminator
+        outputs = self.segmenter.num_outputs
+        self.critics = nn.ModuleList(critic(len(task.taxonomy.classes)) for _ in range(outputs))
+        self.output_weights = [1.0] + [config.auxiliary] * (outputs - 1)
+
+    def optimised(self) -> dict[str, Optimised]:
+        """One optimiser for the segmenter, one for the critics of its outputs."""
+        return {
+            "segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser),
+            "critic": Optimised.module(self.critics, self.config.critic_optimiser),
+        }
+
+    def step(self, batch: Batch) -> None:
+        """Train the segmenter against the present critics, then the critics on its detached predictions."""
+        source, labelled, target = batch.source, batch.labelled, batch.unlabelled
+        assert source is not None
+        assert target is not None
+        with self.update("segmenter") as minimise:
+            if self.config.source or labelled is None:
+                real = self._learn(minimise, source, self.config.source, "source")
+            if labelled is not None:
+                mixed = domain_cutmix(source, labelled, self.config.jitter)
+                real = self._learn(minimise, mixed, self.config.cutmix, "cutmix")
+            if labelled is not None and self.config.labelled:
+                self._learn(minimise, labelled, self.config.labelled, "labelled")
+            p_t = self.segmenter.levels(target.image)
+            minimise(self.config.adversarial * self._judge(p_t, REAL), "adversarial")
+        with self.update("critic") as minimise:
+            minimise(0.5 * self._judge(real, REAL), "critic on labelled")
+            minimise(0.5 * self._judge([p.detach() for p in p_t], FAKE), "critic on target")
+        self.follow()
+
+    def _learn(self, minimise: Minimise, block: Block, weight: float, name: str) -> list[Tensor]:
+        """Minimise the weighted cross-entropy of a block; returns its detached predictions."""
+        assert block.label is not None
+        outputs = self.segmenter.levels(block.image)
+        terms = [
+            share * cross_entropy(output, block.label, hard_share=self.config.hard_share)
+            for share, output in zip(self.output_weights, outputs, strict=True)
+        ]
+        minimise(weight * torch.stack(terms).sum(), name)
+        return [output.detach() for output in outputs]
+
+    def _judge(self, outputs: Sequence[Tensor], verdict: float) -> Tensor:
+        """l(D(q), verdict) summed over outputs, with q the sharpened predictions of `evidence`."""
+        loss = squared_distance if self.config.gan == "least_squares" else binary_cross_entropy
+        terms = []
+        for share, critic, logits in zip(self.output_weights, self.critics, outputs, strict=True):
+            verdicts = critic(evidence(logits, self.config.temperature, self.config.confidence))
+            scales = verdicts if isinstance(verdicts, list) else [verdicts]
+            terms += [share * loss(scale, verdict) for scale in scales]
+        return torch.stack(terms).sum()
+
+
+def evidence(logits: Tensor, temperature: float = 1.0, confidence: float = 0.0) -> Tensor:
+    """What the critic sees of a prediction: softmax(logits / T), blank where max softmax(logits) < `confidence`.
+
+    [B, C, H, W] logits -> [B, C, H, W] in [0, 1].
+    """
+    sharpened = (logits / temperature).softmax(1)
+    if confidence == 0:
+        return sharpened
+    return sharpened * (logits.detach().softmax(1).amax(1, keepdim=True) >= confidence)
+
+
+def domain_cutmix(source: Block, labelled: Block, strength: float) -> Block:
+    """Paste a box of each labelled real picture on a synthetic one, labels likewise, then change the colours at random.
+
+    The box has sides W sqrt(1 - lambda) and H sqrt(1 - lambda), lambda ~ U(0, 1), centre uniform, clipped at the
+    border. A smaller labelled block is used repeatedly. The blocks themselves are not changed.
+    """
+    assert source.label is not None
+    assert labelled.label is not None
+    count, (height, width) = len(source.image), source.image.shape[-2:]
+    partner = torch.arange(count, device=source.image.device) % len(labelled.image)
+    box = cutmix_boxes(source.seeds, height, width).to(source.image.device, non_blocking=True)
+    image = paste(source.image, labelled.image[partner], box)
+    label = paste(source.label, labelled.label[partner], box.squeeze(1))
+    return replace(source, image=jitter(image, source.seeds, strength, strength, strength, 0.0), label=label)

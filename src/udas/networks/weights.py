@@ -1,0 +1,160 @@
+"""Trained networks on disk: one safetensors file that says what it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from udas.config import NetworkConfig, validate
+from udas.errors import ConfigError, RunError, WeightsError
+from udas.networks.segmenters import Segmenter, build_segmenter, complete
+from udas.taxonomy import Taxonomy
+
+FORMAT = "udas.segmenter"
+VERSION = 1
+_ORIGIN = {"weights", "strict"}  # where the encoder once came from does not matter to a trained network
+
+
+def save_segmenter(path: Path, segmenter: Segmenter, taxonomy: Taxonomy) -> None:
+    """Write the network with its configuration, classes, colours and normalisation into one safetensors file.
+
+    The file is replaced at once: a crash leaves the old one or the new one, never a part.
+
+    Raises:
+        RunError: the file cannot be written.
+        WeightsError: the network has not as many outputs as there are classes.
+    """
+    if segmenter.classes != len(taxonomy.classes):
+        count = len(taxonomy.classes)
+        raise WeightsError(f"{path}: {segmenter.classes} outputs for the {count} classes of {taxonomy.name}")
+    metadata = {
+        "format": FORMAT,
+        "version": str(VERSION),
+        "network": segmenter.config.model_dump_json(),
+        "taxonomy": json.dumps(asdict(taxonomy)),
+        "normalisation": json.dumps(asdict(segmenter.normalisation)),
+    }
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in segmenter.state_dict().items()}
+    _replace(path, save(tensors, metadata))
+
+
+def load_segmenter(
+    path: Path, network: NetworkConfig | None = None, taxonomy: Taxonomy | None = None
+) -> tuple[Segmenter, Taxonomy]:
+    """Rebuild a network from its file alone, on the CPU; nothing is ever downloaded.
+
+    Args:
+        path: a file of `save_segmenter`.
+        network: the configuration it has to have, if that matters.
+        taxonomy: the label space it has to have, if that matters.
+
+    Raises:
+        WeightsError: no such file, not a file of ours, broken, or made for another network or label space.
+    """
+    tensors, metadata = _read(path)
+    try:
+        config = complete(validate(NetworkConfig, json.loads(metadata["network"]), str(path)))
+        found = _taxonomy(json.loads(metadata["taxonomy"]))
+    except (ConfigError, KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: its description cannot be understood: {error}") from error
+    if network is not None:
+        _same_network(path, config, complete(network))
+    if taxonomy is not None:
+        _same_classes(path, found, taxonomy)
+    segmenter = build_segmenter(config, len(found.classes), pretrained=False)
+    _fill(path, segmenter, tensors)
+    _same_normalisation(path, segmenter, json.loads(metadata["normalisation"]))
+    return segmenter, found
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a mapping)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
+    if metadata.get("format") != FORMAT:
+        raise WeightsError(f"{path}: not a network saved by udas (encoder weights go into network.weights)")
+    if int(metadata["version"]) > VERSION:
+        raise WeightsError(f"{path}: format {metadata['version']}, this udas reads up to {VERSION}; update udas")
+    return tensors, metadata
+
+
+def _taxonomy(raw: Mapping[str, Any]) -> Taxonomy:
+    sources = {a: {b: tuple(c) for b, c in rules.items()} for a, rules in raw["sources"].items()}
+    colours = tuple((int(r), int(g), int(b)) for r, g, b in raw["colours"])
+    return Taxonomy(raw["name"], tuple(raw["classes"]), colours, sources)
+
+
+def _fill(path: Path, segmenter: Segmenter, tensors: Mapping[str, Tensor]) -> None:
+    state = segmenter.state_dict()
+    wrong = [f"missing {key}" for key in state if key not in tensors]
+    wrong += [f"left over {key}" for key in tensors if key not in state]
+    wrong += [f"another shape {key}" for key in state if key in tensors and state[key].shape != tensors[key].shape]
+    if wrong:
+        rest = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise WeightsError(f"{path}: does not fit {segmenter.config.name}: {', '.join(wrong[:3])}{rest}")
+    segmenter.load_state_dict(dict(tensors))
+
+
+def _same_network(path: Path, found: NetworkConfig, wanted: NetworkConfig) -> None:
+    have, want = found.model_dump(exclude=_ORIGIN), wanted.model_dump(exclude=_ORIGIN)
+    differences = [f"{key} is {have[key]}, not {want[key]}" for key in want if have[key] != want[key]]
+    if differences:
+        raise WeightsError(f"{path}: another network: {'; '.join(differences)}")
+
+
+def _same_classes(path: Path, found: Taxonomy, wanted: Taxonomy) -> None:
+    if found.classes == wanted.classes:
+        return
+    only_found = [name for name in found.classes if name not in wanted.classes]
+    only_wanted = [name for name in wanted.classes if name not in found.classes]
+    parts = [f"only the file has {_list(only_found)}"] if only_found else []
+    parts += [f"only the run has {_list(only_wanted)}"] if only_wanted else []
+    detail = "; ".join(parts) or "the same classes in another order"
+    raise WeightsError(f"{path}: made for the classes of {found.name}, not of {wanted.name}: {detail}")
+
+
+def _same_normalisation(path: Path, segmenter: Segmenter, stored: Mapping[str, Any]) -> None:
+    used = json.loads(json.dumps(asdict(segmenter.normalisation)))
+    if used != stored:
+        raise WeightsError(f"{path}: its description says normalisation {stored}, its tensors say {used}")
+
+
+def _list(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync(path.parent)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def _sync(folder: Path) -> None:
+    """Make the new name durable, not only the content."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,118 @@
+"""What every stage of a run shares: configuration, folder, processes, label space and the pictures of both domains."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from udas.config import DomainConfig, Labelled
+from udas.data.batch import Stream
+from udas.data.cache import build_cache
+from udas.data.dataset import Domain, PictureSet
+from udas.errors import ConfigError
+from udas.names import load_method
+from udas.pipeline.config import RunConfig, TrainStage
+from udas.taxonomy import Taxonomy, load_taxonomy
+from udas.training.log import Bar
+from udas.training.runtime import Runtime
+
+
+@dataclass(frozen=True)
+class Context:
+    """One run in its folder."""
+
+    config: RunConfig
+    folder: Path
+    runtime: Runtime
+
+    @cached_property
+    def taxonomy(self) -> Taxonomy:
+        """The label space of the run."""
+        return load_taxonomy(self.config.taxonomy)
+
+    @cached_property
+    def target(self) -> Domain:
+        """The real domain."""
+        return self._domain(self.config.data.target)
+
+    @cached_property
+    def source(self) -> Domain:
+        """The synthetic domain. Raises `ConfigError` when the run has none."""
+        if self.config.data.source is None:
+            raise ConfigError("data.source: missing, but a stage needs synthetic pictures")
+        return self._domain(self.config.data.source)
+
+    @cached_property
+    def source_pictures(self) -> PictureSet:
+        """All synthetic training pictures with their labels."""
+        return self._cached(self.source.labelled(self.config.data.train_split, "all"))
+
+    @cached_property
+    def unlabelled(self) -> PictureSet:
+        """All real training pictures, without any path to labels."""
+        return self._cached(self.target.unlabelled(self.config.data.train_split))
+
+    @cached_property
+    def validation(self) -> PictureSet | None:
+        """The pictures that networks are scored on, or None where the target has no such split."""
+        if self.config.data.val_split not in self.config.data.target.splits:
+            return None
+        return self._cached(self.target.labelled(self.config.data.val_split, "all"))
+
+    def labelled(self, stage: TrainStage) -> PictureSet:
+        """The real pictures whose labels this stage was granted."""
+        return self._cached(self.target.labelled(self.config.data.train_split, self.granted(stage)))
+
+    def granted(self, stage: TrainStage) -> Labelled:
+        """Which real labels this stage may see."""
+        return self.config.data.target.labelled if stage.labelled is None else stage.labelled
+
+    def streams(self, name: str, stage: TrainStage) -> frozenset[Stream]:
+        """The streams a stage trains on: those it names, or all that its method takes.
+
+        Raises:
+            ConfigError: when the method needs a stream that is not there.
+        """
+        method = load_method(stage.method.name)
+        there = self._available(stage)
+        wanted = (method.needs | method.optional) & there if stage.streams is None else frozenset(stage.streams)
+        for stream in sorted((method.needs | wanted) - (there & wanted)):
+            advice = "add it to `streams`" if stream in there else ADVICE[stream]
+            raise ConfigError(f"stages.{name}: method {stage.method.name} has no stream {stream!r}: {advice}")
+        if useless := sorted(wanted - method.needs - method.optional):
+            raise ConfigError(f"stages.{name}.streams: method {stage.method.name} does not use {', '.join(useless)}")
+        if not wanted:
+            raise ConfigError(f"stages.{name}: no stream to train on; give data.source, labels or `pseudo`")
+        return wanted
+
+    def _available(self, stage: TrainStage) -> frozenset[Stream]:
+        there = {Stream.UNLABELLED}
+        if self.config.data.source is not None:
+            there.add(Stream.SOURCE)
+        if stage.pseudo is not None:
+            there.add(Stream.PSEUDO)
+        if self.target.labelled_names(self.config.data.train_split, self.granted(stage)):
+            there.add(Stream.LABELLED)
+        return frozenset(there)
+
+    def _domain(self, config: DomainConfig) -> Domain:
+        """Open a domain; one process renders or lists it first, so that the others find it complete."""
+        if self.runtime.main:
+            domain = Domain(config, self.taxonomy)
+        self.runtime.barrier()
+        return domain if self.runtime.main else Domain(config, self.taxonomy)
+
+    def _cached(self, pictures: PictureSet) -> PictureSet:
+        if not self.config.cache:
+            return pictures
+        with Bar(f"cache {pictures.domain}", len(pictures), unit="pictures", visible=self.runtime.main) as bar:
+            return build_cache(pictures, self.folder / "cache", bar)
+
+
+ADVICE = {
+    Stream.SOURCE: "give data.source",
+    Stream.LABELLED: "give `labelled` in data.target or in the stage",
+    Stream.UNLABELLED: "give data.target",
+    Stream.PSEUDO: "name a label stage in `pseudo`",
+}

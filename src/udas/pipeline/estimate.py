@@ -1,0 +1,63 @@
+"""Time and disk a stage will take, from a few timed steps on random pictures."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from udas.data.batch import Batch, Block, Stream
+from udas.pipeline.config import AnyStage, TrainStage, TranslateStage
+from udas.pipeline.context import Context
+from udas.pipeline.stages import build_method
+from udas.training.engine import TrainingEngine
+
+TIMED = 2  # steps after one for warm-up
+DEFAULT_SIZE = (512, 1024)  # height, width assumed where pictures keep their own size
+
+
+def estimate(context: Context, name: str, stage: AnyStage) -> tuple[float | None, float]:
+    """(seconds or None where they depend on a network that does not exist yet, bytes on disk)."""
+    if isinstance(stage, TrainStage):
+        return _training(context, name, stage)
+    pictures = context.source_pictures if isinstance(stage, TranslateStage) else context.unlabelled
+    height, width = pictures.size or DEFAULT_SIZE
+    share = {"translate": 2.0, "label": 0.1, "evaluate": 0.0}[stage.kind]  # bytes per pixel of a typical PNG
+    return None, len(pictures) * height * width * share
+
+
+def _training(context: Context, name: str, stage: TrainStage) -> tuple[float, float]:
+    network = stage.network.model_copy(update={"weights": None})
+    probe = stage.model_copy(update={"network": network, "start": None})
+    method = build_method(context, name, probe).to(context.runtime.device, memory_format=context.runtime.memory_format)
+    engine = TrainingEngine(method, context.runtime, stage.training.steps)
+    batch = _random_batch(context, name, stage).to(context.runtime.device, context.runtime.memory_format)
+    for step in range(TIMED + 1):
+        if step == 1:
+            began = time.perf_counter()
+        engine.begin(step)
+        with context.runtime.autocast():
+            method.step(batch)
+        engine.take_losses()  # waits for the device
+    seconds = (time.perf_counter() - began) / TIMED * stage.training.steps
+    states, _ = engine.state()
+    size = sum(_bytes(t) for t in method.state_dict().values()) + sum(_bytes(t) for t in states.values())
+    return seconds, 2.0 * size
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def _random_batch(context: Context, name: str, stage: TrainStage) -> Batch:
+    blocks = {}
+    for stream in context.streams(name, stage):
+        domain = context.source_pictures if stream == Stream.SOURCE else context.unlabelled
+        height, width = stage.training.augment.crop or domain.size or DEFAULT_SIZE
+        count = stage.training.batch_of(stream)
+        label = torch.randint(len(context.taxonomy.classes), (count, height, width))
+        block = Block(torch.rand(count, 3, height, width), label, None, tuple(range(count)), ("",) * count)
+        blocks[str(stream)] = replace(block, label=None) if stream == Stream.UNLABELLED else block
+    return Batch(**blocks)

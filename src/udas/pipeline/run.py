@@ -1,0 +1,179 @@
+"""Running a chain of stages: each is reused, resumed, restarted or started; a failing one stops the run."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import platform
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from udas import __version__
+from udas.errors import RunError
+from udas.evaluation.table import save_tables
+from udas.pipeline import stages
+from udas.pipeline.config import RunConfig, uses
+from udas.pipeline.context import Context
+from udas.pipeline.estimate import estimate
+from udas.pipeline.plan import Action, Planned, plan, read_manifest
+from udas.reporting.html import write_report
+from udas.training.checkpoint import write_atomically
+from udas.training.runtime import Runtime
+
+RUNNERS: dict[str, Any] = {
+    "train": stages.run_train,
+    "translate": stages.run_translate,
+    "label": stages.run_label,
+    "evaluate": stages.run_evaluate,
+}
+
+
+def run(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> Path:
+    """Carry out all stages in `folder` and write table and report. Returns the report's path.
+
+    Raises:
+        UdasError: from the first stage that fails; what was finished before stays finished.
+    """
+    context = Context(config, folder, runtime)
+    with _locked(folder, runtime):
+        planned = plan(Context(config.model_copy(update={"cache": False}), folder, runtime))
+        runtime.barrier()  # nobody changes a manifest before all have read it
+        if runtime.main:
+            content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            write_atomically(folder / "run.yaml", content.encode())
+        for number, item in enumerate(planned, 1):
+            if runtime.main:
+                console.print(f"[bold]{number}/{len(planned)} {item.name}[/bold]  {item.action}: {item.why}")
+            if item.action != Action.REUSE:
+                _carry_out(context, item)
+        return write_results(folder) if runtime.main else folder / "report.html"
+
+
+def write_results(folder: Path) -> Path:
+    """Table files (`results.txt`, `.json`, `.csv`, `.md`) and the HTML report of a run folder."""
+    save_tables(evaluations(folder), folder / "results")
+    return write_report([folder], folder / "report.html")
+
+
+def evaluations(folder: Path) -> list[tuple[str, dict[str, Any]]]:
+    """(title, content of evaluation.json) of every finished evaluation of a run, in the order of its stages."""
+    order = list(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["stages"])
+    rows = []
+    for name in order:
+        manifest, path = read_manifest(folder / name), folder / name / "evaluation.json"
+        if manifest and manifest["state"] == "done" and path.exists():
+            rows.append((str(manifest["title"]), json.loads(path.read_text(encoding="utf-8"))))
+    return rows
+
+
+def show_plan(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> None:
+    """Print what `run` would do, why, and what it would cost; change nothing."""
+    context = Context(config.model_copy(update={"cache": False}), folder, runtime)
+    table = Table("stage", "action", "why", "time", "disk", title=f"plan of {config.name} in {folder}")
+    total_time, total_disk = 0.0, 0.0
+    for item in plan(context):
+        seconds, size = (0.0, 0.0) if item.action == Action.REUSE else estimate(context, item.name, item.stage)
+        total_time, total_disk = total_time + (seconds or 0), total_disk + size
+        table.add_row(item.name, item.action, item.why, _duration(seconds), _size(size))
+    table.add_section()
+    table.add_row("all", "", "times are of training, timed now", _duration(total_time), _size(total_disk))
+    console.print(table)
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < total_disk:
+        console.print(f"[bold red]only {_size(free)} are free on that disk[/bold red]")
+
+
+def _existing(folder: Path) -> Path:
+    return next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min"
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size > 1e9 else f"{size / 1e6:.0f} MB"
+
+
+def _carry_out(context: Context, item: Planned) -> None:
+    folder, runtime = context.folder / item.name, context.runtime
+    if item.action == Action.RESTART and runtime.main:
+        _move_aside(folder)
+    manifest = _manifest(context, item)
+    before = (read_manifest(folder) or {}).get("seconds", 0.0) if item.action == Action.RESUME else 0.0
+    began = time.monotonic()
+
+    def note(state: str) -> None:
+        if runtime.main:
+            manifest.update(state=state, seconds=round(before + time.monotonic() - began, 1))
+            write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2).encode())
+
+    note("running")
+    if runtime.main:
+        settings = yaml.safe_dump(item.stage.model_dump(mode="json"), sort_keys=False)
+        write_atomically(folder / "config.yaml", settings.encode())
+    runtime.barrier()
+    try:
+        RUNNERS[item.stage.kind](context, item.name, item.stage, folder)
+    except BaseException:
+        with suppress(RunError):  # a full disk must not hide what went wrong first
+            note("failed")
+        raise
+    runtime.barrier()
+    note("done")
+
+
+def _manifest(context: Context, item: Planned) -> dict[str, Any]:
+    stage = item.stage
+    method = stage.method.name if stage.kind == "train" else None
+    return {
+        "stage": item.name,
+        "kind": stage.kind,
+        "title": stage.title or item.name,
+        "fingerprint": item.fingerprint,
+        "uses": uses(stage),
+        "machine": context.runtime.describe(),
+        "versions": {"udas": __version__, "python": platform.python_version(), "torch": version("torch")},
+        "method": method,
+        "steps": stage.training.steps if stage.kind == "train" else None,
+    }
+
+
+def _move_aside(folder: Path) -> None:
+    """Keep the work of an older configuration under `old/`, numbered."""
+    if not folder.exists():
+        return
+    shelf = folder.parent / "old"
+    shelf.mkdir(exist_ok=True)
+    number = sum(1 for _ in shelf.glob(f"{folder.name}.*"))
+    folder.rename(shelf / f"{folder.name}.{number}")
+
+
+@contextmanager
+def _locked(folder: Path, runtime: Runtime) -> Iterator[None]:
+    """One run per folder. Raises `RunError` when another process is at work there, or it cannot be written."""
+    if not runtime.main:
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
+    except OSError as error:
+        raise RunError(f"{folder}: the output folder cannot be written ({error.strerror}); choose another with --out") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError(f"{folder}: another udas process is running in this folder") from None
+        yield

@@ -1,0 +1,58 @@
+"""Repainting: every source picture through a translator, written under its own name; labels stay where they are."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from udas.data.dataset import PictureSet
+from udas.training.checkpoint import write_atomically
+from udas.training.runtime import Runtime
+
+SHOWN = 6
+
+
+@torch.inference_mode()
+def translate(
+    translator: nn.Module,
+    pictures: PictureSet,
+    folder: Path,
+    runtime: Runtime,
+    progress: Callable[[int, int], None],
+) -> None:
+    """Write `images/<name>.png` for this process's share of the pictures; those already there are kept.
+
+    Whole pictures are repainted at the size the run uses, so that geometry is that of training. A few pairs of
+    original and repainted picture go to `preview/<k>/`.
+    """
+    mine = range(runtime.rank, len(pictures), runtime.world)
+    for done, index in enumerate(mine, 1):
+        target = folder / "images" / f"{pictures.pictures[index].name}.png"
+        if not target.exists():
+            image = pictures.image(index)[None].to(runtime.device).float() / 255
+            write_atomically(target, png(translator(image)[0]))
+        progress(done, len(mine))
+    runtime.barrier()
+    if runtime.main:
+        _preview(pictures, folder)
+
+
+def _preview(pictures: PictureSet, folder: Path) -> None:
+    for place, index in enumerate(pictures.fixed(SHOWN)):
+        translated = folder / "images" / f"{pictures.pictures[index].name}.png"
+        pair = folder / "preview" / str(place)
+        write_atomically(pair / "translated.png", translated.read_bytes())
+        write_atomically(pair / "original.png", png(pictures.image(index).float() / 255))
+
+
+def png(image: Tensor) -> bytes:
+    """RGB [3, H, W] in [0, 1] as the bytes of a PNG file."""
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()

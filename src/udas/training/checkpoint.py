@@ -1,0 +1,93 @@
+"""Checkpoints that survive a kill at any moment: safetensors written beside and renamed over the old file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from udas.errors import RunError
+from udas.methods.base import Method
+from udas.training.engine import TrainingEngine
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a training stands: steps done, and the best validation so far (shown only, never used)."""
+
+    step: int = 0
+    best_miou: float = -1.0
+    seconds: float = 0.0
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` in one instant. Raises `RunError` when the disk is full or not writable."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise RunError(f"{path}: cannot be written ({error.strerror}); what was there before is untouched") from error
+
+
+def save_checkpoint(path: Path, method: Method[Any], engine: TrainingEngine, progress: Progress) -> None:
+    """Write networks, buffers, optimiser states and progress into one file."""
+    states, values = engine.state()
+    tensors = {f"method/{name}": tensor for name, tensor in method.state_dict().items()}
+    tensors |= {f"optimiser/{name}": tensor for name, tensor in states.items()}
+    meta = {"format": FORMAT, "progress": vars(progress), "optimiser": values, "classes": method.task.taxonomy.classes}
+    plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    write_atomically(path, save(plain, metadata={"udas": json.dumps(meta)}))
+
+
+def load_checkpoint(path: Path, method: Method[Any], engine: TrainingEngine) -> Progress:
+    """Restore what `save_checkpoint` wrote.
+
+    Raises:
+        RunError: when the file is broken, of another format version, another label space or another network.
+    """
+    tensors, meta = _read(path)
+    if meta["format"] != FORMAT:
+        raise RunError(f"{path}: checkpoint format {meta['format']}, this version reads {FORMAT}")
+    if tuple(meta["classes"]) != method.task.taxonomy.classes:
+        raise RunError(f"{path}: checkpoint of another label space ({', '.join(meta['classes'])})")
+    own = {name.removeprefix("method/"): t for name, t in tensors.items() if name.startswith("method/")}
+    _check_shapes(path, method.state_dict(), own)
+    method.load_state_dict(own)
+    prefix = "optimiser/"
+    engine.load({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}, meta["optimiser"])
+    return Progress(**meta["progress"])
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["udas"])  # noqa: SIM118
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise RunError(f"{path}: not a checkpoint of udas, or a broken one ({error}); delete it to start again") from None
+
+
+def _check_shapes(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    wrong = [name for name in expected.keys() | found.keys() if _shape(expected, name) != _shape(found, name)]
+    if wrong:
+        shown = ", ".join(f"{name}: {_shape(found, name)} -> {_shape(expected, name)}" for name in sorted(wrong)[:3])
+        raise RunError(f"{path}: checkpoint of another network; {len(wrong)} tensors differ, such as {shown}")
+
+
+def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
+    return tuple(tensors[name].shape) if name in tensors else None
+
+

@@ -1,0 +1,117 @@
+"""What a training tells: JSON lines for programs and the report, TensorBoard for people, a bar for the console."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from udas.errors import RunError
+
+
+class TrainingLog:
+    """The log of one stage in `folder`; a resumed stage continues it and drops what lies beyond its checkpoint."""
+
+    def __init__(self, folder: Path, start: int) -> None:
+        self.folder = folder
+        self.path = folder / "log.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+        _keep_until(self.path, start)
+        self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=start)
+
+    def losses(self, step: int, seconds: float, losses: dict[str, float], lr: dict[str, float], rate: float) -> None:
+        """One line of training losses, learning rates and speed (steps per second)."""
+        self._line({"step": step, "seconds": round(seconds, 2), "losses": losses, "lr": lr, "rate": round(rate, 4)})
+        for name, value in losses.items():
+            self.board.add_scalar(f"loss/{name}", value, step)
+        for name, value in lr.items():
+            self.board.add_scalar(f"learning rate/{name}", value, step)
+        self.board.add_scalar("steps per second", rate, step)
+
+    def validation(self, step: int, scores: dict[str, Any]) -> None:
+        """One line of validation scores: {"miou", "pixel_accuracy", "iou": {class: value or null}}."""
+        self._line({"step": step, "val": scores})
+        self.board.add_scalar("validation/mIoU", scores["miou"], step)
+        for name, value in scores["iou"].items():
+            if value is not None:
+                self.board.add_scalar(f"validation IoU/{name}", value, step)
+
+    def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
+        """Preview pictures: title -> [B, 3, H, W] in [0, 1], as files and in TensorBoard."""
+        for title, images in pictures.items():
+            rows = images.detach().float().clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
+            sheet = (np.concatenate(list(rows), axis=1) * 255).astype(np.uint8)
+            target = self.folder / "previews" / f"{step:07d}" / f"{title}.jpg"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(sheet).save(target, quality=90)
+            self.board.add_image(f"preview/{title}", sheet, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flush everything."""
+        self.board.close()
+
+    def _line(self, content: dict[str, Any]) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(content) + "\n")
+        except OSError as error:
+            raise RunError(f"{self.path}: cannot be written ({error.strerror}); the last checkpoint is kept") from error
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; a last line cut off by a kill is left out."""
+    if not path.exists():
+        return []
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            lines.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return lines
+
+
+def _keep_until(path: Path, step: int) -> None:
+    kept = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step]
+    if path.exists():
+        path.write_text("".join(kept), encoding="utf-8")
+
+
+class Bar:
+    """A progress bar with count, rate and time left; silent in all but the main process. Use as a context manager."""
+
+    def __init__(self, title: str, total: int, done: int = 0, unit: str = "steps", visible: bool = True) -> None:
+        columns = (
+            TextColumn("{task.description:<22}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]:>6} {task.fields[unit]}/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self.progress = Progress(*columns, disable=not visible, refresh_per_second=2)
+        self.task = self.progress.add_task(title, total=total, completed=done, unit=unit, rate="", note="")
+
+    def __enter__(self) -> Bar:
+        self.progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.progress.stop()
+
+    def __call__(self, done: int, total: int, note: str | None = None) -> None:
+        """Show that `done` of `total` are finished."""
+        speed = self.progress.tasks[0].speed
+        rate = f"{speed:.2f}" if speed else ""
+        self.progress.update(self.task, completed=done, total=total, rate=rate)
+        if note is not None:
+            self.progress.update(self.task, note=note)

@@ -1,0 +1,308 @@
+"""CycleGAN against its step written a second time, with one summed loss and frozen critics."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import random
+
+import pytest
+import torch
+from torch import nn
+
+from equivalence.engine import Engine
+from udas.config import validate
+from udas.data.batch import Batch, Block
+from udas.data.sampling import seed_of
+from udas.errors import DataError
+from udas.losses import squared_distance
+from udas.methods.base import Task
+from udas.methods.cyclegan import CycleGAN, CycleGANConfig, ImagePool, critic_loss
+from udas.networks.generators import load_translator
+
+SMALL = {"generator": {"width": 4, "blocks": 1}, "critic_width": 4, "pool": 2}
+
+
+def make(**settings):
+    torch.manual_seed(0)
+    task = Task(taxonomy=None, segmenter=None, streams=CycleGAN.needs, steps=3)
+    return CycleGAN(validate(CycleGANConfig, SMALL | settings, "test"), task)
+
+
+def block(seed, height=24, width=32, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.rand(2, 3, height, width, generator=generator, dtype=torch.float64).to(dtype)
+    return Block(image, None, None, (2 * seed, 2 * seed + 1), ("a", "b"))
+
+
+def batch(step, **form):
+    return Batch(source=block(2 * step, **form), unlabelled=block(2 * step + 1, **form))
+
+
+class Naive:
+    """Two players in turn, requires_grad switched by hand, pools as lists."""
+
+    def __init__(self, method, lr, betas, lambda_a, lambda_b, lambda_idt, pool):
+        self.G, self.F, self.D_X, self.D_Y = (copy.deepcopy(m) for m in (method.G, method.F, method.D_X, method.D_Y))
+        chain = itertools.chain
+        self.adam_g = torch.optim.Adam(chain(self.G.parameters(), self.F.parameters()), lr, betas)
+        self.adam_d = torch.optim.Adam(chain(self.D_X.parameters(), self.D_Y.parameters()), lr, betas)
+        self.lambdas, self.size, self.kept_x, self.kept_y = (lambda_a, lambda_b, lambda_idt), pool, [], []
+        self.swaps = set()
+
+    def step(self, batch):
+        a, b, i = self.lambdas
+        x, y = batch.source.image * 2 - 1, batch.unlabelled.image * 2 - 1
+        for p in [*self.D_X.parameters(), *self.D_Y.parameters()]:
+            p.requires_grad = False
+        fake_y, fake_x = self.G(x), self.F(y)
+        gan = torch.mean((self.D_Y(fake_y) - 1) ** 2) + torch.mean((self.D_X(fake_x) - 1) ** 2)
+        cycle = a * nn.functional.l1_loss(self.F(fake_y), x) + b * nn.functional.l1_loss(self.G(fake_x), y)
+        identity = b * i * nn.functional.l1_loss(self.G(y), y) + a * i * nn.functional.l1_loss(self.F(x), x)
+        self.adam_g.zero_grad()
+        (gan + cycle + identity).backward()
+        self.adam_g.step()
+        for p in [*self.D_X.parameters(), *self.D_Y.parameters()]:
+            p.requires_grad = True
+        old_y = self.query(self.kept_y, fake_y.detach(), batch.source.seeds)
+        old_x = self.query(self.kept_x, fake_x.detach(), batch.unlabelled.seeds)
+        loss_y = 0.5 * (torch.mean((self.D_Y(y) - 1) ** 2) + torch.mean(self.D_Y(old_y) ** 2))
+        loss_x = 0.5 * (torch.mean((self.D_X(x) - 1) ** 2) + torch.mean(self.D_X(old_x) ** 2))
+        self.adam_d.zero_grad()
+        (loss_x + loss_y).backward()
+        self.adam_d.step()
+        return (gan + cycle + identity).item(), (loss_x + loss_y).item()
+
+    def query(self, kept, fresh, seeds):
+        shown = []
+        for picture, seed in zip(fresh, seeds, strict=True):
+            choice = random.Random(seed_of(seed, "pool"))
+            if len(kept) < self.size:
+                kept.append(picture)
+                shown.append(picture)
+                continue
+            self.swaps.add(swap := choice.random() < 0.5)
+            slot = choice.randrange(self.size)
+            shown.append(kept[slot] if swap else picture)
+            kept[slot] = picture if swap else kept[slot]
+        return torch.stack(shown)
+
+
+@pytest.mark.parametrize("lambda_idt", [0.5, 0.0])
+def test_step_is_the_formula(lambda_idt):
+    constant = {"schedule": "constant"}
+    method = make(lambda_a=9.0, lambda_b=7.0, lambda_idt=lambda_idt, generators=constant, discriminators=constant)
+    method = method.double()
+    naive = Naive(method, 2e-4, (0.5, 0.999), 9.0, 7.0, lambda_idt, 2)
+    engine = Engine(method)
+    for step in range(3):
+        seen = batch(step, dtype=torch.float64)
+        method.step(seen)
+        generators, discriminators = naive.step(seen)
+        critics = engine.losses["D_X"] + engine.losses["D_Y"]
+        assert sum(engine.losses.values()) - critics == pytest.approx(generators, rel=1e-10)
+        assert critics == pytest.approx(discriminators, rel=1e-10)
+    for name in ("G", "F", "D_X", "D_Y"):
+        ours, theirs = getattr(method, name).state_dict(), getattr(naive, name).state_dict()
+        for key in theirs:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-8, atol=1e-10, msg=f"{name}.{key}")
+    torch.testing.assert_close(method.pool_x.pictures, torch.stack(naive.kept_x), rtol=0, atol=1e-10)
+    torch.testing.assert_close(method.pool_y.pictures, torch.stack(naive.kept_y), rtol=0, atol=1e-10)
+    assert naive.swaps == {True, False}  # the three steps show both fresh and old pictures
+
+
+def test_each_player_moves_alone():
+    method = make()
+    engine = Engine(method)
+    players = {
+        "generators": [*method.G.parameters(), *method.F.parameters()],
+        "discriminators": [*method.D_X.parameters(), *method.D_Y.parameters()],
+    }
+    turns = []
+    for name, optimiser in engine.optimisers.items():
+        optimiser.register_step_pre_hook(lambda *_, name=name: turns.append((name, moving(players))))
+        optimiser.register_step_post_hook(lambda *_: method.zero_grad())
+    method.step(batch(0))
+    assert turns == [
+        ("generators", {"generators": {True}, "discriminators": {False}}),
+        ("discriminators", {"generators": {False}, "discriminators": {True}}),
+    ]
+
+
+def moving(players):
+    return {name: {p.grad is not None and bool(p.grad.any()) for p in own} for name, own in players.items()}
+
+
+def test_identity_generators_have_no_cycle_and_no_identity_loss():
+    method = make()
+    method.G, method.F = Shift(0.0), Shift(0.0)
+    engine = Engine(method)
+    seen = batch(0)
+    adversarial = squared_distance(method.D_Y(2 * seen.source.image - 1), 1.0).item()
+    method.step(seen)
+    assert engine.losses["identity of G"] == engine.losses["identity of F"] == 0
+    assert engine.losses["GAN + cycle of G"] == adversarial
+
+
+def test_lambdas_weigh_their_terms():
+    method = make(lambda_a=3.0, lambda_b=5.0, lambda_idt=0.5)
+    method.G, method.F = Shift(0.25), Shift(0.5)
+    method.D_X, method.D_Y = Constant(1.0), Constant(1.0)
+    engine = Engine(method)
+    method.step(batch(0))
+    assert engine.losses == pytest.approx(
+        {
+            "GAN + cycle of G": 3.0 * 0.75,
+            "GAN + cycle of F": 5.0 * 0.75,
+            "identity of G": 0.5 * 5.0 * 0.25,
+            "identity of F": 0.5 * 3.0 * 0.5,
+            "D_Y": 0.5,
+            "D_X": 0.5,
+        }
+    )
+
+
+class Shift(nn.Module):
+    """A generator that adds a constant."""
+
+    def __init__(self, by):
+        super().__init__()
+        self.by = nn.Parameter(torch.tensor(by))
+
+    def forward(self, x):
+        return x + self.by
+
+
+class Constant(nn.Module):
+    """A critic without an opinion."""
+
+    def __init__(self, score):
+        super().__init__()
+        self.score = nn.Parameter(torch.tensor(score))
+
+    def forward(self, x):
+        return self.score + 0 * x.mean((1, 2, 3))
+
+
+@pytest.mark.parametrize(("real", "fake", "loss"), [(1, 0, 0), (0, 1, 1), (0.5, 0.5, 0.25), (3, -1, 2.5)])
+def test_critic_loss_by_hand(real, fake, loss):
+    verdict = {"real": torch.full((2, 1, 3, 3), float(real)), "fake": torch.full((2, 1, 3, 3), float(fake))}
+    assert critic_loss(verdict.__getitem__, "real", "fake").item() == loss
+
+
+# ------------------------------------------------------------------------------------------------------ image pool
+
+
+def coloured(*values):
+    return torch.tensor(values, dtype=torch.float32).view(-1, 1, 1, 1).expand(-1, 3, 4, 4).clone()
+
+
+def values(pictures):
+    return pictures[:, 0, 0, 0].tolist()
+
+
+def seeds(swaps, slots=2):
+    """Seeds whose decision is the wanted one: None = return the fresh picture, k = swap with slot k."""
+
+    def decision(seed):
+        choice = random.Random(seed_of(seed, "pool"))
+        return choice.randrange(slots) if choice.random() < 0.5 else None
+
+    return tuple(next(seed for seed in itertools.count() if decision(seed) == swap) for swap in swaps)
+
+
+def test_pool_fills_then_swaps():
+    pool = ImagePool(2)
+    assert values(pool(coloured(1, 2), (0, 1))) == [1, 2]
+    assert values(pool(coloured(3, 4, 5, 6), seeds([None, 1, 1, 0]))) == [3, 2, 4, 1]
+    assert values(pool.pictures) == [6, 5]
+
+
+def test_pool_does_not_depend_on_how_pictures_are_batched():
+    whole, parts = ImagePool(3), ImagePool(3)
+    order = tuple(range(100, 112))
+    expected = values(whole(coloured(*range(12)), order))
+    found = [v for i in range(0, 12, 2) for v in values(parts(coloured(i, i + 1), order[i : i + 2]))]
+    assert found == expected
+    assert values(parts.pictures) == values(whole.pictures)
+
+
+def test_pool_returns_old_pictures_half_of_the_time():
+    pool = ImagePool(50)
+    pool(coloured(*[-1] * 50), tuple(range(50)))
+    old = sum(value != i for i in range(400) for value in values(pool(coloured(i), (1000 + i,))))
+    assert 160 < old < 240
+
+
+def test_pool_keeps_copies_and_leaves_its_input_alone():
+    pool = ImagePool(1)
+    pool(coloured(1), (0,))
+    fresh = coloured(2).requires_grad_()
+    shown = pool(fresh, seeds([0], slots=1))
+    assert values(shown) == [1]
+    assert not shown.requires_grad
+    assert values(fresh) == [2]
+    shown.zero_()
+    assert values(pool.pictures) == [2]
+
+
+def test_pool_of_none_shows_the_fresh_pictures():
+    assert values(ImagePool(0)(coloured(*range(20)), tuple(range(20)))) == list(range(20))
+
+
+def test_pool_of_another_size_is_an_error():
+    pool = ImagePool(2)
+    pool(coloured(1), (0,))
+    with pytest.raises(DataError, match="pictures of 4 x 8 after pictures of 4 x 4: set a crop"):
+        pool(torch.zeros(1, 3, 4, 8), (1,))
+
+
+# ------------------------------------------------------------------------------------------- state, settings, model
+
+
+def test_stopped_and_resumed_is_bit_identical():
+    through, first, second = make(), make(), make()
+    engine = Engine(through)
+    for step in range(4):
+        through.step(batch(step))
+    early = Engine(first)
+    for step in range(2):
+        first.step(batch(step))
+    late = Engine(second)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    for name, optimiser in early.optimisers.items():
+        late.optimisers[name].load_state_dict(copy.deepcopy(optimiser.state_dict()))
+    for step in range(2, 4):
+        second.step(batch(step))
+    assert late.losses == engine.losses
+    assert all(
+        torch.equal(a, b) for a, b in zip(through.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+
+
+def test_a_changed_learning_rate_keeps_the_rest_of_the_paper():
+    config = validate(CycleGANConfig, {"generators": {"lr": 1e-4}}, "test")
+    for optimiser in (config.generators, config.discriminators):
+        assert (optimiser.name, optimiser.betas, optimiser.weight_decay) == ("adam", (0.5, 0.999), 0)
+        assert (optimiser.schedule, optimiser.decay_from) == ("linear", 0.5)
+    assert (config.generators.lr, config.discriminators.lr) == (1e-4, 2e-4)
+    assert (config.lambda_a, config.lambda_b, config.lambda_idt, config.pool) == (10, 10, 0.5, 50)
+
+
+def test_preview_shows_both_ways_in_the_range_of_pictures():
+    method = make()
+    pictures = method.preview(batch(0, height=25, width=31))
+    assert list(pictures) == ["x", "G(x)", "F(G(x))", "y", "F(y)"]
+    for picture in pictures.values():
+        assert picture.shape == (2, 3, 25, 31)
+        assert not picture.requires_grad
+        assert 0 <= picture.min() <= picture.max() <= 1
+    assert torch.equal(pictures["G(x)"], method.model()(pictures["x"]))
+
+
+def test_model_is_g_and_outlives_the_training(tmp_path):
+    method = make()
+    method.save_model(tmp_path / "model.safetensors")
+    image = batch(0).source.image
+    assert torch.equal(load_translator(tmp_path / "model.safetensors")(image), method.model()(image))
+    assert torch.equal(method.model()(image), (method.G(2 * image - 1) + 1) / 2)
