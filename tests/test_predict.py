@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import threading
 
 import numpy as np
@@ -11,8 +12,8 @@ from udas.config import NetworkConfig
 from udas.errors import DataError, RunError
 from udas.evaluation.protocols import ProtocolConfig
 from udas.networks.segmenters import build_segmenter
-from udas.networks.weights import save_segmenter
-from udas.predict import find_pictures, legend, predict, predict_pictures
+from udas.networks.weights import load_segmenter, save_segmenter
+from udas.predict import find_pictures, legend, predict
 from udas.taxonomy import Taxonomy
 
 SPACE = Taxonomy("three", ("road", "sky", "car"), ((128, 64, 128), (70, 130, 180), (0, 0, 142)))
@@ -31,7 +32,7 @@ def draw(path, seed=0, size=(9, 13)):
 
 
 def run(inputs, out, **keys):
-    return predict_pictures(colour, SPACE, [str(text) for text in inputs], out, CPU, **keys)
+    return predict(colour, SPACE, [str(text) for text in inputs], out, CPU, **keys)
 
 
 @pytest.fixture
@@ -168,13 +169,19 @@ def test_grey_and_transparent_pictures_are_read_as_rgb(tmp_path):
 
 
 def test_a_full_disk_is_a_readable_error(folder, tmp_path, monkeypatch):
-    def save(self, path, *args, **kwargs):
-        if "masks" in str(path):
-            raise OSError(28, "No space left on device")
+    def fsync(descriptor):
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", save)
-    with pytest.raises(RunError, match=r"masks.*cannot be written: No space left on device"):
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(RunError, match=r"cannot be written \(No space left on device"):
         run([folder], tmp_path / "out")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_a_mask_that_cannot_be_written_stops_the_work(folder, tmp_path):
+    (tmp_path / "out" / "masks" / "a.png").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"a\.png: cannot be written"):
+        run([folder / "a.png"], tmp_path / "out")
 
 
 def test_writing_threads_are_gone_afterwards(folder, tmp_path):
@@ -187,7 +194,8 @@ def test_a_saved_model_is_loaded_with_its_label_space(folder, tmp_path):
     torch.manual_seed(0)
     segmenter = build_segmenter(config, 3, pretrained=False).eval()
     save_segmenter(tmp_path / "model.safetensors", segmenter, SPACE)
-    (mask,) = predict(tmp_path / "model.safetensors", [str(folder / "a.png")], tmp_path / "out", CPU)
+    loaded, space = load_segmenter(tmp_path / "model.safetensors")
+    (mask,) = predict(loaded, space, [str(folder / "a.png")], tmp_path / "out", CPU)
     with torch.no_grad():
         image = torch.from_numpy(np.array(Image.open(folder / "a.png"))).permute(2, 0, 1)[None] / 255
         assert np.array_equal(np.array(Image.open(mask)), segmenter(image).argmax(1)[0].numpy())

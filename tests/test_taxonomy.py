@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import pickle
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from udas.config import DomainConfig
@@ -33,6 +34,7 @@ def domain(taxonomy: str = "street11", **changes: object) -> DomainConfig:
     )
 
 
+@cache
 def street() -> Taxonomy:
     return load_taxonomy("street11")
 
@@ -185,8 +187,7 @@ def test_unmapped_value_says_which_where_and_how_often() -> None:
     with pytest.raises(DataError) as caught:
         rules.apply(raw, FILE)
     assert str(caught.value) == (
-        "masks/a.png: values 99 (3 pixels), 42 (1 pixel) not in `map` of mine; "
-        "add the values to a class or to `ignore`"
+        "masks/a.png: values 99 (3 pixels), 42 (1 pixel) not in `map` of mine; add the values to a class or to `ignore`"
     )
 
 
@@ -268,6 +269,7 @@ def test_pickled_without_its_tables() -> None:
     assert pickle.loads(content).apply(raw, FILE).tolist() == [[10]]
 
 
+@settings(max_examples=40, deadline=None)
 @given(
     rules=st.dictionaries(
         st.one_of(st.integers(0, 65535), st.tuples(*[st.integers(0, 255)] * 3)), st.integers(0, 11), min_size=1

@@ -20,7 +20,6 @@ from udas.data.files import read_image
 from udas.errors import DataError
 from udas.evaluation.evaluate import Progress, Sample, batches, evaluation_mode, to_input, write_picture
 from udas.evaluation.protocols import PROTOCOLS, Network, ProtocolConfig, probabilities
-from udas.networks.weights import load_segmenter
 from udas.taxonomy import Taxonomy
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -32,20 +31,6 @@ _LISTED = 20  # broken pictures named in one message
 
 
 def predict(
-    model: Path,
-    inputs: Sequence[str],
-    out: Path,
-    device: torch.device,
-    overlay: bool = True,
-    protocol: ProtocolConfig = PROTOCOLS["whole"],
-    progress: Progress | None = None,
-) -> list[Path]:
-    """Segment pictures with a saved model; see `predict_pictures`. Raises `WeightsError` for an unusable model file."""
-    segmenter, taxonomy = load_segmenter(model)
-    return predict_pictures(segmenter.to(device), taxonomy, inputs, out, device, overlay, protocol, progress)
-
-
-def predict_pictures(
     model: Network,
     taxonomy: Taxonomy,
     inputs: Sequence[str],
@@ -221,7 +206,7 @@ def _save(out: Path, name: str, sample: Sample, mask: NDArray[np.uint8], taxonom
     write_picture(_mask(out, name), picture)
     if overlay:
         photo = Image.fromarray(sample.image.permute(1, 2, 0).contiguous().numpy())
-        write_picture(_overlay(out, name), Image.blend(photo, picture.convert("RGB"), 0.5))
+        write_picture(_overlay(out, name), Image.blend(photo, picture.convert("RGB"), 0.5), "JPEG")
 
 
 def legend(taxonomy: Taxonomy) -> Image.Image:

@@ -57,7 +57,7 @@ def test_pasted_pictures_and_labels_agree(picture_seeds, height, width):
     assert torch.equal(mixed_label != 0, boxes[:, 0])
     assert torch.equal(mixed_label[boxes[:, 0]], other[boxes[:, 0]])
     assert torch.equal(paste(label, other, boxes.squeeze(1)), mixed_label)
-    for value, before in zip((image, patch, label, other), kept):
+    for value, before in zip((image, patch, label, other), kept, strict=True):
         assert torch.equal(value, before), "an input was modified"
     mixed.fill_(-1)
     assert (image == 0).all(), "the result shares memory with its input"
@@ -125,7 +125,8 @@ def test_boxes_follow_from_their_own_seed():
 
 
 @pytest.mark.parametrize(
-    ("name", "neutral", "spread"), [("brightness", 1, 0.6), ("contrast", 1, 0.6), ("saturation", 1, 0.6), ("hue", 0, 0.3)]
+    ("name", "neutral", "spread"),
+    [("brightness", 1, 0.6), ("contrast", 1, 0.6), ("saturation", 1, 0.6), ("hue", 0, 0.3)],
 )
 def test_jitter_is_torchvisions_with_a_factor_per_picture(name, neutral, spread):
     image = noise(30)

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from picture_files import noise, write, write_palette, write_png16
 
+from picture_files import noise, write, write_palette, write_png16
 from udas.config import preset_names
 from udas.data.dataset import Domain, load_domain
-from udas.errors import DataError
+from udas.errors import ConfigError, DataError
 from udas.taxonomy import LabelMap, load_taxonomy
 
 # value in the file -> Cityscapes trainId; 255 where the value is known and ignored
@@ -172,7 +172,11 @@ def test_kitti(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     sizes = [(2, 4), (3, 4), (3, 5), (2, 5)] * 5
     for number, size in enumerate(sizes):
         write(tmp_path / f"training/image_2/{number:06}_10.png", noise(*size))
-        for folder, pixels in (("semantic", np.full(size, 26)), ("semantic_rgb", noise(*size)), ("instance", noise(*size))):
+        for folder, pixels in (
+            ("semantic", np.full(size, 26)),
+            ("semantic_rgb", noise(*size)),
+            ("instance", noise(*size)),
+        ):
             write(tmp_path / f"training/{folder}/{number:06}_10.png", pixels.astype(np.uint8))
         write(tmp_path / f"testing/image_2/{number:06}_10.png", noise(*size))
     domain = opened(monkeypatch, "kitti", tmp_path)
@@ -208,7 +212,9 @@ def test_camvid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, split: str, cou
 def test_camvid_lists_with_their_foreign_prefix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     make_camvid(tmp_path)
     monkeypatch.setenv("CAMVID_ROOT", str(tmp_path))
-    config = load_domain({"preset": "camvid", "splits": {split: {"file": f"{split}.txt"} for split in ("train", "val")}})
+    config = load_domain(
+        {"preset": "camvid", "splits": {split: {"file": f"{split}.txt"} for split in ("train", "val")}}
+    )
     domain = Domain(config, load_taxonomy("camvid11"))
     assert [picture.name for picture in domain.pictures("val")] == ["val/0001TP_000000", "val/0001TP_000001"]
     assert domain.labelled("train", "all").label(0).tolist() == [[3, 4, 255], [0, 10, 8]]
@@ -258,3 +264,34 @@ def test_streets_are_rendered_before_they_are_listed(
     assert config.streets.look == look
     with pytest.raises(DataError, match="no picture in split 'val'"):
         domain.pictures("val")
+
+
+# -------------------------------------------------------------------------------------------------------- load_domain
+
+
+def test_domain_from_preset_file_and_mapping(tmp_path: Path) -> None:
+    assert load_domain("gta5").name == "gta5"
+    (tmp_path / "own.yaml").write_text(
+        "name: own\nroot: x\nimages: '*.png'\nsplits: {train: all}\ntaxonomy: street11\n"
+    )
+    assert load_domain(str(tmp_path / "own.yaml")).root == "x"
+    changed = load_domain({"preset": "synthia", "root": "here", "size": [4, 8], "map": {"road": [3, 22], "ignore": 0}})
+    assert (changed.name, changed.root, changed.size) == ("synthia", "here", (4, 8))
+    assert changed.map["road"] == [3, 22]
+    assert changed.map["sky"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ("gta", "no preset 'gta' in data; did you mean 'gta5'?"),
+        ({"preset": "cityscape"}, "no preset 'cityscape' in data; did you mean 'cityscapes'?"),
+        ({"preset": "gta5", "rooot": "x"}, "data gta5: 1 problem"),
+        ({"preset": "gta5", "rooot": "x"}, "rooot: unknown key; did you mean 'root'?"),
+        ({"name": "own"}, "data own: 4 problems"),
+    ],
+)
+def test_mistakes_in_a_domain(raw: str | dict[str, object], expected: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_domain(raw)
+    assert expected in str(caught.value)

@@ -90,7 +90,6 @@ def test_seed_of_is_fixed_for_ever():
     assert seed_of(0, SOURCE, 7) == 6_741_282_830_787_229_081, "a stream is its text"
 
 
-
 @given(st.lists(st.integers() | st.text(), min_size=1, max_size=4), st.lists(st.integers() | st.text(), max_size=4))
 def test_seed_of_tells_parts_apart(left, right):
     typed = [[(type(part), part) for part in parts] for parts in (left, right)]

@@ -156,7 +156,8 @@ def test_half_of_the_pictures_are_mirrored():
     image, label = noise(6, 9), noise(6, 9, 1)[0]
     results = [augment(image, label, None, settled(flip=True), generator(seed)) for seed in range(300)]
     mirrored = [torch.equal(moved, label.flip(-1)) for _, moved, _ in results]
-    assert all(torch.equal(p, (image.flip(-1) if m else image) / 255) for (p, _, _), m in zip(results, mirrored))
+    for (picture, _, _), flipped in zip(results, mirrored, strict=True):
+        assert torch.equal(picture, (image.flip(-1) if flipped else image) / 255)
     assert 115 < sum(mirrored) < 185
 
 
@@ -193,6 +194,6 @@ def test_values_do_not_depend_on_the_number_of_threads():
             results.append([augment(image, label, None, config, generator(seed)) for seed in range(4)])
     finally:
         torch.set_num_threads(threads)
-    for (one, label_one, _), (many, label_many, _) in zip(*results):
+    for (one, label_one, _), (many, label_many, _) in zip(*results, strict=True):
         assert torch.equal(one, many)
         assert torch.equal(label_one, label_many)

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,11 +14,12 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import nn
 
+from udas.data.dataset import Domain, load_domain
 from udas.errors import ConfigError, DataError, RunError
 from udas.evaluation.evaluate import Sample, batches, evaluate, evaluation_mode
 from udas.evaluation.metrics import Scores, confusion
 from udas.evaluation.protocols import ProtocolConfig
-from udas.taxonomy import Taxonomy
+from udas.taxonomy import Taxonomy, load_taxonomy
 
 SPACE = Taxonomy("three", ("road", "sky", "car"), ((128, 64, 128), (70, 130, 180), (0, 0, 142)))
 CPU = torch.device("cpu")
@@ -160,6 +163,34 @@ def test_an_absent_class_is_null_in_the_file(tmp_path):
     assert written["miou"] == 1.0
 
 
+def test_pictures_of_a_real_domain(tmp_path):
+    for index in range(3):
+        for kind, pixels in (
+            ("images", Pictures().image(index).permute(1, 2, 0).contiguous()),
+            ("labels", Pictures().label(index)),
+        ):
+            path = tmp_path / kind / "val" / f"{index}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.numpy()).save(path)
+    (tmp_path / "three.yaml").write_text("name: three\nclasses: {road: [1, 2, 3], sky: [4, 5, 6], car: [7, 8, 9]}\n")
+    space = load_taxonomy(str(tmp_path / "three.yaml"))
+    raw = {
+        "name": "toy",
+        "root": str(tmp_path),
+        "images": "images/{split}/*.png",
+        "labels": "labels/{split}/{stem}.png",
+        "splits": {"val": "val"},
+        "taxonomy": str(tmp_path / "three.yaml"),
+        "map": {"road": [0], "sky": [1], "car": [2], "ignore": [255]},
+    }
+    domain = Domain(load_domain(raw), space)
+    result = evaluate(colour, domain.labelled("val", "all"), space, ProtocolConfig(), CPU, tmp_path / "out")
+    assert torch.equal(result.per_picture, torch.stack(expected(Pictures(), range(3))))
+    assert [name.rpartition("/")[2] for name in result.summary()["shown"]] == ["0", "1", "2"]
+    with pytest.raises(DataError, match="toy: none of the 3 pictures has labels"):
+        evaluate(colour, domain.unlabelled("val"), space, ProtocolConfig(), CPU)
+
+
 def test_modes_are_put_back_and_statistics_left_alone():
     model = Network().train()
     model.frozen.eval()
@@ -179,7 +210,8 @@ def test_modes_are_put_back_after_an_error():
             assert not model.training
             raise ZeroDivisionError
 
-    pytest.raises(ZeroDivisionError, fail)
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert model.training
 
 
@@ -216,8 +248,8 @@ def test_a_broken_picture_stops_with_its_name():
 
 
 def test_results_that_cannot_be_written_name_the_file(tmp_path):
-    (tmp_path / "out").write_text("a file where the folder should be")
-    with pytest.raises(RunError, match=r"out.*cannot be written"):
+    (tmp_path / "out" / "evaluation.json").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"evaluation.json.*cannot be written"):
         evaluate(colour, Pictures(), SPACE, ProtocolConfig(), CPU, tmp_path / "out", shown=0)
 
 
@@ -228,6 +260,7 @@ def _second_process(folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_work_and_agree(tmp_path):
     child = mp.get_context("spawn").Process(target=_second_process, args=(tmp_path,))
     child.start()
@@ -242,6 +275,28 @@ def test_two_processes_share_the_work_and_agree(tmp_path):
     assert torch.equal(result.per_picture, alone.per_picture)
     assert torch.equal(torch.load(tmp_path / "second.pt"), alone.per_picture)
     assert result.interval == alone.interval
+    assert len(list(tmp_path.glob("pictures/*/prediction.png"))) == 3
+
+
+def test_two_ranks_share_the_work_and_agree(tmp_path, monkeypatch):
+    """The same with two threads and a sum in place of the collective."""
+    counts, together = [], threading.Barrier(2, timeout=30)
+
+    def all_reduce(mine):
+        counts.append(mine.clone())
+        together.wait()
+        mine.copy_(sum(counts))
+
+    def score(rank):
+        return evaluate(colour, Pictures(), SPACE, ProtocolConfig(), CPU, tmp_path, shown=3, rank=rank, world=2)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(score, range(2)))
+    alone = evaluate(colour, Pictures(), SPACE, ProtocolConfig(), CPU)
+    assert all(torch.equal(result.per_picture, alone.per_picture) for result in results)
+    assert all(result.summary() == results[0].summary() for result in results)
+    assert not ((counts[0] > 0) & (counts[1] > 0)).any()
     assert len(list(tmp_path.glob("pictures/*/prediction.png"))) == 3
 
 

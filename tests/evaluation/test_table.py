@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from udas.evaluation.table import table
+from udas.evaluation.table import save_tables, table
 
 
 def result(**changed):
@@ -82,3 +82,10 @@ def test_json_holds_everything():
 @pytest.mark.parametrize("form", ["text", "json", "csv", "markdown"])
 def test_no_results_are_an_empty_table(form):
     assert table([], form)
+
+
+def test_all_forms_are_written_beside_each_other(tmp_path):
+    save_tables(ROWS, tmp_path / "results")
+    written = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    forms = {"text": "txt", "json": "json", "csv": "csv", "markdown": "md"}
+    assert written == {f"results.{suffix}": table(ROWS, form) for form, suffix in forms.items()}

@@ -22,7 +22,7 @@ from udas.data.views import draw_views, look, map_back
 from udas.errors import RunError
 from udas.pipeline.label import LabelConfig, label
 from udas.pipeline.label_files import Journal
-from udas.pipeline.label_maps import entropy, most_confident
+from udas.pipeline.label_maps import entropy, kept, most_confident
 from udas.pipeline.label_thresholds import BINS, class_thresholds, histogram
 from udas.pipeline.label_work import Work, ahead
 from udas.taxonomy import IGNORE, Taxonomy
@@ -115,6 +115,11 @@ def test_maximum_confidence_takes_the_surest_view_of_every_pixel() -> None:
         for x in range(7):
             surest = max(range(4), key=lambda k: float(maps[k, :, y, x].max()))
             assert torch.equal(chosen[:, y, x], maps[surest, :, y, x])
+
+
+def test_a_pixel_that_just_reaches_its_class_threshold_is_kept() -> None:
+    sure = kept(torch.tensor([[0, 0, 1]]), torch.tensor([[0.6, 0.5999, 0.5]]), torch.tensor([0.6, 0.4]))
+    assert sure.tolist() == [[True, False, True]]
 
 
 def test_entropy_is_one_for_no_idea_and_zero_for_certainty() -> None:

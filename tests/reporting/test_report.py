@@ -26,12 +26,13 @@ from reporting.run_folder import (
     coloured,
     full_run,
     manifest,
+    photographed,
     save,
     scene,
 )
 from udas.errors import RunError
 from udas.reporting import write_report
-from udas.reporting.pictures import WIDTH, class_map
+from udas.reporting.pictures import WIDTH, class_map, confidence_map
 from udas.reporting.plots import POINTS, thin
 from udas.reporting.read import read_runs
 
@@ -116,7 +117,13 @@ def test_models_measured_differently_stand_in_different_tables(tmp_path: Path) -
     for model, protocol in (("a", "whole"), ("b", "whole"), ("c", "slide")):
         add_evaluation(tmp_path / "run", model, 0.3, pictures=1, protocol=protocol)
     found = rows(report(tmp_path, tmp_path / "run"), "results")
-    assert [row[0][2] for row in found] == ["val · whole · 500 pictures", "A", "B", "val · slide · 500 pictures", "C"]
+    assert [row[0][2] for row in found] == [
+        "frankfurt · val · whole · 500 pictures",
+        "A",
+        "B",
+        "frankfurt · val · slide · 500 pictures",
+        "C",
+    ]
 
 
 def test_stages_come_in_order_with_duration_and_what_they_used(page: str) -> None:
@@ -146,12 +153,8 @@ def test_confusion_is_normalised_by_row(run: Path, page: str) -> None:
 
 def test_pictures_stand_beside_each_other_once_per_stage(page: str) -> None:
     header, *scenes = rows(page, "pictures")
-    assert [re.sub(r"(prediction|pseudo-label).*", "", cell[2]) for cell in header[1:]] == [
-        "Source only",
-        "Teacher",
-        "Label 1",
-        "Student 1",
-    ]
+    titles = [re.sub(r"(prediction|pseudo-label).*", "", cell[2]) for cell in header[1:]]
+    assert titles == ["Source only", "Teacher", "Label 1", "Student 1"]
     assert len(scenes) == 3, "the label stage's smaller copies are recognised as the same pictures"
     assert [row[0][2].split()[0] for row in scenes] == ["frankfurt/000000", "frankfurt/000001", "frankfurt/000002"]
     section = page[page.index('<section id="pictures">') : page.index('<section id="pseudo-labels">')]
@@ -160,7 +163,16 @@ def test_pictures_stand_beside_each_other_once_per_stage(page: str) -> None:
 
 def test_pseudo_labels_show_shares_and_quality(page: str) -> None:
     shown = text_of(page, "pseudo-labels")
-    for expected in ("share of pixels kept", "73.4", "90.0", "quality: iou", "threshold", "coverage", "70.5", "95.1"):
+    for expected in (
+        "share of the class's pixels kept",
+        "73.4",
+        "90.0",
+        "quality: iou",
+        "threshold",
+        "coverage",
+        "70.5",
+        "95.1",
+    ):
         assert expected in shown
 
 
@@ -297,12 +309,31 @@ def test_class_colours_survive_shrinking_exactly(tmp_path: Path) -> None:
     assert {colour for _, colour in image.convert("RGB").getcolors()} <= set(CLASSES.values())
 
 
+def test_previews_stand_in_for_a_training_that_nothing_evaluates(tmp_path: Path) -> None:
+    for name in ("style", "teacher"):
+        add_train(tmp_path / "run", name, 0.5)
+        for step in ("0000900", "0001000"):
+            save(photographed(scene(1), 1), tmp_path / "run" / name / f"previews/{step}/repainted.png")
+    add_evaluation(tmp_path / "run", "teacher", 0.3, 1)
+    page = report(tmp_path, tmp_path / "run")
+    assert re.findall(r"<h3>(\w+) <small>preview while training, step (\d+)", page) == [("Style", "1000")]
+
+
+def test_confidence_of_all_stages_has_the_same_colours(tmp_path: Path) -> None:
+    save(Image.fromarray(np.full((8, 8), 255, np.uint8)), tmp_path / "grey.png")
+    save(Image.fromarray(np.full((8, 8, 3), (253, 231, 37), np.uint8)), tmp_path / "viridis.png")
+    for name in ("grey", "viridis"):
+        embedded = confidence_map(tmp_path / f"{name}.png")
+        pixel = Image.open(io.BytesIO(base64.b64decode(embedded.uri.partition(",")[2]))).getpixel((4, 4))
+        assert np.abs(np.subtract(pixel, (253, 231, 37))).max() < 8
+
+
 def test_missing_run_and_unwritable_place_are_readable_errors(tmp_path: Path, run: Path) -> None:
     with pytest.raises(RunError, match=r"nowhere: no such run folder"):
         write_report([tmp_path / "nowhere"], tmp_path / "report.html")
-    (tmp_path / "file").touch()
-    with pytest.raises(RunError, match=r"report\.html: the report cannot be written"):
-        write_report([run], tmp_path / "file" / "report.html")
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(RunError, match=r"report\.html: cannot be written"):
+        write_report([run], tmp_path / "report.html")
     with pytest.raises(RunError, match="no run folder given"):
         write_report([], tmp_path / "report.html")
 

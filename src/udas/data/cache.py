@@ -174,6 +174,7 @@ def _atomic(file: Path) -> Iterator[IO[bytes]]:
             os.fsync(target.fileno())
         part.replace(file)
     except OSError as error:
-        raise RunError(f"{file}: cannot be written ({error.strerror}); free some space or choose another folder") from None
+        text = f"{file}: cannot be written ({error.strerror})"
+        raise RunError(f"{text}; free some space or choose another folder") from None
     finally:
         part.unlink(missing_ok=True)

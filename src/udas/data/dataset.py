@@ -38,23 +38,30 @@ from udas.taxonomy import IGNORE, LabelMap, Taxonomy, describe
 
 
 def load_domain(raw: str | Mapping[str, Any]) -> DomainConfig:
-    """The configuration of a domain.
+    """The configuration of a domain, from whatever `domain_settings` takes.
+
+    Raises:
+        ConfigError: unknown preset, or mistakes (all are listed).
+    """
+    settings = domain_settings(raw)
+    where = raw if isinstance(raw, str) else f"data {settings.get('name', '')}".strip()
+    return validate(DomainConfig, settings, where)
+
+
+def domain_settings(raw: str | Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a domain, not yet validated.
 
     Args:
         raw: a preset's name, the path of a YAML file, a mapping with `preset:` and the keys to change (mappings are
             merged, other values replaced), or a full mapping.
 
     Raises:
-        ConfigError: unknown preset, or mistakes (all are listed).
+        ConfigError: unknown preset or file.
     """
-    if isinstance(raw, str):
-        path = find_yaml(raw, "data")
-        return validate(DomainConfig, read_yaml(path), str(path))
-    own = dict(raw)
+    own = {"preset": raw} if isinstance(raw, str) else dict(raw)
     preset = own.pop("preset", None)
-    where = f"data {own.get('name') or preset or ''}".strip()
     base = read_yaml(find_yaml(str(preset), "data")) if preset is not None else {}
-    return validate(DomainConfig, _merge(base, own), where)
+    return _merge(base, own)
 
 
 def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:

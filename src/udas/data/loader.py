@@ -29,15 +29,25 @@ class Sample:
     confidence: Tensor | None
 
 
-class Samples(Dataset[Sample]):
-    """The samples of all streams by key; a sample is a function of its key and the run's seed alone."""
+class Steps(Dataset[Batch | UdasError]):
+    """The batch of a step by its keys; a sample is a function of its key and the run's seed alone."""
 
     def __init__(self, streams: Mapping[Stream, PictureSet], augment: AugmentConfig, seed: int) -> None:
         self.streams, self.augment, self.seed = dict(streams), augment, seed
 
-    def __getitem__(self, key: Key) -> Sample:
+    def __getitem__(self, keys: Sequence[Key]) -> Batch | UdasError:
+        """The batch, or the error that kept it from being read.
+
+        A worker's exception would reach the training process with its message replaced by a traceback of the worker;
+        an error on the user's side is therefore handed over as a value, and raised by `Loader`.
+        """
+        try:
+            return collate([self.sample(*key) for key in keys])
+        except UdasError as error:
+            return error
+
+    def sample(self, stream: Stream, index: int, draw: int) -> Sample:
         """Read and augment one picture. In the unlabelled stream no label is asked for."""
-        stream, index, draw = key
         pictures, seed = self.streams[stream], seed_of(self.seed, stream, draw)
         image, label, confidence = pictures.image(index), None, None
         if pictures.labels and stream is not Stream.UNLABELLED:
@@ -46,19 +56,8 @@ class Samples(Dataset[Sample]):
         values = augmented(image, label, confidence, self.augment, generator)
         return Sample(stream, pictures.pictures[index].name, seed, *values)
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch | UdasError:
-        """The batch of a step, or the error that kept it from being read.
 
-        A worker's exception would reach the training process with its type and message replaced by a traceback of
-        the worker; an error on the user's side is therefore handed over as a value, and raised by `Loader`.
-        """
-        try:
-            return collate([self[key] for key in keys])
-        except UdasError as error:
-            return error
-
-
-class Loader(DataLoader[Batch]):
+class Loader(DataLoader[Batch | UdasError]):
     """A data loader that raises the user errors of its workers as they are."""
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
@@ -101,19 +100,14 @@ def make_loader(
     """
     sizes = {stream: len(pictures) for stream, pictures in streams.items()}
     return Loader(
-        Samples(streams, augment, seed),
-        batch_sampler=StreamSampler(sizes, batch, seed, start, stop, rank, world),
-        collate_fn=_as_it_is,
+        Steps(streams, augment, seed),
+        batch_size=None,  # the sampler's items are the keys of whole batches
+        sampler=StreamSampler(sizes, batch, seed, start, stop, rank, world),
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin,
         generator=torch.Generator().manual_seed(seed_of(seed, "loader")),  # else it draws from the global one
     )
-
-
-def _as_it_is(batch: Batch | UdasError) -> Batch | UdasError:
-    """`Samples.__getitems__` has put the batch together."""
-    return batch
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
@@ -141,4 +135,3 @@ def _block(samples: Sequence[Sample]) -> Block:
         seeds=tuple(sample.seed for sample in samples),
         names=tuple(sample.name for sample in samples),
     )
-

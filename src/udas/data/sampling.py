@@ -87,7 +87,8 @@ class StreamSampler(Sampler[list[Key]]):
 
 def _check(sizes: Mapping[Stream, int], batch: Mapping[Stream, int], world: int) -> None:
     if set(sizes) != set(batch):
-        raise ConfigError(f"batch: set it for the streams given ({', '.join(sizes)}); found {', '.join(batch) or 'none'}")
+        found = ", ".join(batch) or "none"
+        raise ConfigError(f"batch: set it for the streams given ({', '.join(sizes)}); found {found}")
     for stream, size in sizes.items():
         if size == 0:
             raise DataError(f"the {stream} stream has no pictures")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from udas.data.files import resize_label
 from udas.errors import DataError, RunError
 from udas.evaluation.metrics import Scores, bootstrap, confusion
 from udas.evaluation.protocols import Network, ProtocolConfig, probabilities
+from udas.storage import write_atomically
 from udas.taxonomy import Taxonomy
 
 Progress = Callable[[int, int], None]
@@ -135,7 +137,7 @@ def evaluate(
     names = tuple(pictures.pictures[index].name for index in job.shown)
     result = Evaluation(scores, interval, counts, taxonomy, protocol, pictures.domain, split, names)
     if folder and rank == 0:
-        write_json(folder / "evaluation.json", result.summary())
+        write_atomically(folder / "evaluation.json", json.dumps(result.summary(), indent=1).encode())
     return result
 
 
@@ -203,6 +205,13 @@ def _show(job: _Job, sample: Sample, prediction: Tensor, confidence: Tensor) -> 
     write_picture(folder / "confidence.png", Image.fromarray((confidence * 255).round().byte().cpu().numpy()))
 
 
+def write_picture(path: Path, picture: Image.Image, kind: str = "PNG") -> None:
+    """Save a picture in one piece, folders included. Raises `RunError` when it cannot be written."""
+    coded = io.BytesIO()
+    picture.save(coded, kind)
+    write_atomically(path, coded.getvalue())
+
+
 # ------------------------------------------------------------------------------- asking a network, picture by picture
 
 
@@ -264,26 +273,3 @@ def _prefetch(load: Callable[[int], Sample | None], indices: Iterable[int], ahea
         finally:
             for future in queue:
                 future.cancel()
-
-
-# ------------------------------------------------------------------------------------------------------- writing
-
-
-def write_picture(path: Path, picture: Image.Image) -> None:
-    """Save a picture, folders included. Raises `RunError` when the file cannot be written."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON in one piece: the file is there whole or not at all. Raises `RunError` when it cannot be written."""
-    part = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(content, indent=1), encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise RunError(f"{path}: cannot be written: {error.strerror or error}") from None

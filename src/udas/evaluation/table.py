@@ -6,12 +6,15 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from udas.storage import write_atomically
 
 Form = Literal["text", "json", "csv", "markdown"]
 Row = tuple[str, Mapping[str, Any]]
@@ -106,3 +109,10 @@ def _csv(rows: Sequence[Row]) -> str:
 
 def _json(rows: Sequence[Row]) -> str:
     return json.dumps([{"title": title, **result} for title, result in rows], indent=1) + "\n"
+
+
+def save_tables(rows: Sequence[Row], path: Path) -> None:
+    """Write the comparison beside each other as `<path>.txt`, `.json`, `.csv` and `.md`."""
+    files: dict[Form, str] = {"text": ".txt", "json": ".json", "csv": ".csv", "markdown": ".md"}
+    for form, suffix in files.items():
+        write_atomically(path.with_suffix(suffix), table(rows, form).encode())

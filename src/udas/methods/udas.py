@@ -58,7 +58,7 @@ class UDAS(SegmentationMethod[UDASConfig]):
     def __init__(self, config: UDASConfig, task: Task) -> None:
         super().__init__(config, task, config.average)
         critic = PatchDiscriminator if config.critic == "patch" else MultiScaleDiscriminator
-        outputs = self.segmenter.num_outputs
+        outputs = self.segmenter.decoder.num_levels
         self.critics = nn.ModuleList(critic(len(task.taxonomy.classes)) for _ in range(outputs))
         self.output_weights = [1.0] + [config.auxiliary] * (outputs - 1)
 

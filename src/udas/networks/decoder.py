@@ -13,9 +13,11 @@ class Decoder(nn.Module, ABC):
     """From the encoder's pyramid (entry k at stride min(2^k, output stride)) to logits at the decoder's own size.
 
     channels: D, the width of `represent`.
+    num_levels: outputs, the main one included.
     """
 
     channels: int
+    num_levels: int = 1
 
     @abstractmethod
     def represent(self, pyramid: list[Tensor]) -> Tensor:

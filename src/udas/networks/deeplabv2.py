@@ -37,7 +37,7 @@ class DeepLabV2(Decoder):
 
     def __init__(self, channels: Sequence[int], classes: int, dilations: Sequence[int], two_levels: bool) -> None:
         super().__init__()
-        self.channels = channels[-1]
+        self.channels, self.num_levels = channels[-1], 2 if two_levels else 1
         self.main = DilatedSum(channels[-1], classes, dilations)
         self.second = DilatedSum(channels[-2], classes, dilations) if two_levels else None
 

@@ -73,7 +73,8 @@ def make_encoder(name: str, stride: int) -> TimmUniversalEncoder:
     """A timm encoder with random weights.
 
     It maps pictures [B, 3, H, W] to a list whose k-th entry has stride min(2^k, stride) and `out_channels[k]` channels;
-    entry 0 is the picture itself (or, for VGG, features at full size), an entry without channels fills a gap.
+    entry 0 is the picture itself (or, for VGG, features at full size), an entry without channels fills a gap. A few
+    encoders accept only certain picture sizes: HRNet multiples of 32, Swin the size it was trained on.
     """
     with checked_encoder(name, stride):
         return TimmUniversalEncoder(name, pretrained=False, output_stride=stride)

@@ -57,7 +57,7 @@ class WeightsReport:
     missing: encoder keys the source does not hold (counters of batch norm apart, which nothing needs).
     left_over: keys of the source that belong nowhere.
     misfits: keys whose shapes differ, both shapes named.
-    head: keys of the source that belong to parts of the model an encoder does without, such as its classifier.
+    head: keys of the source that belong to parts of the model an encoder does without: its classifier. Expected.
     prefixes: what was stripped from the source's keys.
     """
 
@@ -75,7 +75,7 @@ class WeightsReport:
         return not (self.missing or self.left_over or self.misfits)
 
     def __str__(self) -> str:
-        parts = [f"{self.source}: {len(self.matched)} tensors loaded"]
+        parts = [f"{self.source}: {len(self.matched)} tensors match"]
         parts += [f"stripped {', '.join(self.prefixes)}"] if self.prefixes else []
         parts += [f"{len(self.head)} of the classification head left out"] if self.head else []
         problems = {"missing": self.missing, "left over": self.left_over, "of another shape": self.misfits}

@@ -85,7 +85,7 @@ SEGMENTERS = {
     "fpn": _library("fpn"),
     "linknet": _library("linknet"),
     "manet": _library("manet"),
-    "pan": _library("pan", (16, 32), multiple=8),  # it halves the last features three times
+    "pan": _library("pan", (16, 32), multiple=8),  # it halves the last features three times; batch 1 needs > 8 x stride pixels
     "pspnet": _library("pspnet"),
     "segformer": _library("segformer"),
     "unet": _library("unet"),
@@ -136,7 +136,7 @@ class Segmenter(nn.Module):
         return tuple(self._upsample(logits, image) for logits in levels)
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """The encoder's feature maps from shallow to deep, [B, D_k, h_k, w_k]."""
+        """The encoder's feature maps below the picture's own size, from shallow to deep, [B, D_k, h_k, w_k]."""
         maps = [entry for entry in self._pyramid(image)[1:] if entry.shape[1]]
         return [self._crop(entry, image) for entry in maps]
 

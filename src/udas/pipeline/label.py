@@ -89,11 +89,11 @@ def label(
     """
     if isinstance(model, nn.Module):
         model.eval()
-    labeller = Labeller(model, taxonomy, config.views, config.temperature, config.seed, device)
-    sample = pictures.fixed(min(config.sample, len(pictures))) if config.rule == "class" else []
+    sample = pictures.fixed(config.sample) if config.rule == "class" else []
     sizes = [len(sample), len(pictures), 0 if validation is None else len(validation)]
-    total = sum(len(range(rank, size, world)) for size in sizes)
-    work = Work(labeller, config.batch, folder, rank, world, _counter(total, progress))
+    counter = _counter(sum(len(range(rank, size, world)) for size in sizes), progress)
+    labeller = Labeller(model, taxonomy, config.views, config.temperature, config.seed, device)
+    work = Work(labeller, config.batch, folder, rank, world, counter)
     thresholds = [config.threshold] * len(taxonomy.classes)
     if sample:
         thresholds = find_thresholds(work, pictures, sample, config.threshold, config.keep)

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from udas.errors import RunError
-from udas.training.checkpoint import write_atomically
+from udas.storage import write_atomically
 
 Pixels = npt.NDArray[np.uint8]
 

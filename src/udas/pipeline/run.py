@@ -26,7 +26,7 @@ from udas.pipeline.context import Context
 from udas.pipeline.estimate import estimate
 from udas.pipeline.plan import Action, Planned, plan, read_manifest
 from udas.reporting.html import write_report
-from udas.training.checkpoint import write_atomically
+from udas.storage import write_atomically
 from udas.training.runtime import Runtime
 
 RUNNERS: dict[str, Any] = {

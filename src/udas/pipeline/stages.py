@@ -10,11 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from udas.config import NetworkConfig
 from udas.data.batch import Stream
 from udas.data.dataset import PictureSet
 from udas.data.sampling import seed_of
-from udas.errors import ConfigError, RunError
+from udas.errors import ConfigError
 from udas.evaluation.evaluate import evaluate
 from udas.evaluation.protocols import ProtocolConfig
 from udas.methods.base import Method, Task
@@ -135,15 +134,8 @@ def build_method(context: Context, name: str, stage: TrainStage) -> Method[Any]:
 def _segmenter(context: Context, stage: TrainStage) -> Segmenter:
     if stage.start is None:
         return build_segmenter(stage.network, len(context.taxonomy.classes))
-    segmenter = load_trained(context, stage.start)
-    if (wrong := _differences(segmenter.config, stage.network)):
-        raise ConfigError(f"start: {stage.start} is another network than this stage's ({wrong})")
-    return segmenter
-
-
-def _differences(one: NetworkConfig, other: NetworkConfig) -> str:
-    first, second = one.model_dump(exclude={"weights"}), other.model_dump(exclude={"weights"})
-    return ", ".join(f"{key}: {first[key]} and {second[key]}" for key in first if first[key] != second[key])
+    network = stage.network.model_copy(update={"weights": None})
+    return load_segmenter(context.folder / stage.start / MODEL, network, context.taxonomy)[0]
 
 
 def train_streams(context: Context, name: str, stage: TrainStage) -> dict[Stream, PictureSet]:
@@ -170,12 +162,8 @@ def _pseudo(context: Context, stage: TrainStage) -> PictureSet:
 
 
 def load_trained(context: Context, stage: str) -> Segmenter:
-    """The segmenter that an earlier stage left. Raises `RunError` when it is of another label space."""
-    path = context.folder / stage / MODEL
-    segmenter, taxonomy = load_segmenter(path)
-    if taxonomy.classes != context.taxonomy.classes:
-        raise RunError(f"{path}: trained for the label space {taxonomy.name}, this run's is {context.taxonomy.name}")
-    return segmenter
+    """The segmenter that an earlier stage left. Raises `WeightsError` when it is of another label space."""
+    return load_segmenter(context.folder / stage / MODEL, taxonomy=context.taxonomy)[0]
 
 
 def placed(model: nn.Module, runtime: Runtime) -> nn.Module:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from udas.data.dataset import PictureSet
-from udas.training.checkpoint import write_atomically
+from udas.storage import write_atomically
 from udas.training.runtime import Runtime
 
 SHOWN = 6

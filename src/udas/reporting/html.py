@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from math import isfinite
@@ -14,10 +12,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from udas import __version__
-from udas.errors import RunError
 from udas.reporting import pictures, tables
 from udas.reporting.plots import Curve, draw, style
 from udas.reporting.read import Run, Stage, read_runs
+from udas.storage import write_atomically
 
 
 @dataclass(frozen=True)
@@ -45,16 +43,7 @@ def write_report(runs: list[Path], out: Path) -> Path:
     Raises:
         RunError: a run folder does not exist, or `out` cannot be written.
     """
-    page = render(read_runs(runs))
-    part = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(page, encoding="utf-8")
-        part.replace(out)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink()
-        raise RunError(f"{out}: the report cannot be written ({error.strerror}); choose another place") from None
+    write_atomically(out, render(read_runs(runs)).encode())
     return out
 
 

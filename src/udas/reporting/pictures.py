@@ -9,6 +9,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+from matplotlib import colormaps
 from PIL import Image
 
 from udas.reporting.read import Stage, natural
@@ -69,12 +70,20 @@ class Pair:
     translated: Embedded | None
 
 
-def photo(path: Path) -> Embedded:
-    """A picture or grey map as JPEG. Raises what Pillow raises on a broken file."""
+def photo(path: Path, width: int = WIDTH) -> Embedded:
+    """A picture as JPEG, at most `width` pixels wide. Raises what Pillow raises on a broken file."""
     with Image.open(path) as image:
-        grey = image.mode in ("L", "I", "F", "1")
-        small = _shrink(image.convert("L" if grey else "RGB"), Image.Resampling.LANCZOS)
+        small = _shrink(image.convert("RGB"), Image.Resampling.LANCZOS, width)
     return _embed(small, "JPEG", quality=80, optimize=True)
+
+
+def confidence_map(path: Path) -> Embedded:
+    """A map of [0, 255] in the colours of viridis as JPEG; one that is in colours already stays as it is."""
+    with Image.open(path) as image:
+        if image.mode != "L":
+            return photo(path)
+        small = _shrink(image, Image.Resampling.BOX)
+    return _embed(Image.fromarray(colormaps["viridis"](np.asarray(small), bytes=True)[..., :3]), "JPEG", quality=80)
 
 
 def class_map(path: Path) -> Embedded:
@@ -90,10 +99,10 @@ def class_map(path: Path) -> Embedded:
     return _embed(paletted, "PNG", optimize=True)
 
 
-def _shrink(image: Image.Image, how: Image.Resampling) -> Image.Image:
-    if image.width <= WIDTH:
-        return image
-    return image.resize((WIDTH, max(1, round(image.height * WIDTH / image.width))), how)
+def _shrink(image: Image.Image, how: Image.Resampling, width: int = WIDTH) -> Image.Image:
+    if image.width <= width:
+        return image.copy()
+    return image.resize((width, max(1, round(image.height * width / image.width))), how)
 
 
 def _embed(image: Image.Image, kind: str, quality: int = 0, optimize: bool = False) -> Embedded:
@@ -161,7 +170,7 @@ def _join(scenes: list[Scene], stage: Stage, folder: Path, name: str, space: str
     if scene.truth is None and (truth.exists() or not label):
         scene.truth = _try(class_map, truth, stage, notes)
     labels = _try(class_map, folder / ("label.png" if label else "prediction.png"), stage, notes)
-    scene.cells[stage.where] = Cell(labels, _try(photo, folder / "confidence.png", stage, notes))
+    scene.cells[stage.where] = Cell(labels, _try(confidence_map, folder / "confidence.png", stage, notes))
 
 
 def _thumbnail(path: Path) -> np.ndarray | None:
@@ -193,6 +202,11 @@ def pairs(stage: Stage, notes: list[str]) -> list[Pair]:
 def last_previews(stage: Stage, notes: list[str]) -> tuple[str, list[tuple[str, Embedded]]]:
     """The step of a train stage's newest previews, and up to four of them by name."""
     newest = (numbered(stage.folder / "previews") or [stage.folder])[-1]
-    files = sorted(newest.glob("*.png"))[:4] if newest != stage.folder else []
-    shown = [(path.stem, picture) for path in files if (picture := _try(photo, path, stage, notes))]
+    files = sorted(newest.glob("*.[jp][pn]g"))[:4] if newest != stage.folder else []
+    shown = [(path.stem, picture) for path in files if (picture := _try(_sheet, path, stage, notes))]
     return newest.name.lstrip("0") or "0", shown
+
+
+def _sheet(path: Path) -> Embedded:
+    """Previews hold the pictures of a batch in a row."""
+    return photo(path, 3 * WIDTH)

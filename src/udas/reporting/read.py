@@ -51,6 +51,7 @@ class Manifest(_Record):
 class Evaluation(_Record):
     """evaluation.json: scores in [0, 1], `confusion[i][j]` = pixels of true class i predicted as class j."""
 
+    domain: str | None = None
     split: str
     miou: Value
     iou: dict[str, Value]
@@ -73,12 +74,12 @@ class Evaluation(_Record):
         return self
 
     def setting(self) -> str:
-        """Split, protocol and size in words."""
+        """Data set, split, protocol and size in words."""
         protocol = self.protocol
         if isinstance(protocol, dict):
             protocol = protocol.get("name") or ", ".join(f"{key} {value}" for key, value in protocol.items())
         count = None if self.pictures is None else f"{self.pictures} pictures"
-        return " · ".join(str(part) for part in (self.split, protocol, count) if part)
+        return " · ".join(str(part) for part in (self.domain, self.split, protocol, count) if part)
 
     def comparable(self) -> str:
         """Equal for evaluations on the same labels: setting, classes, and pixels of each true class."""
@@ -87,10 +88,11 @@ class Evaluation(_Record):
 
 
 class Statistics(_Record):
-    """statistics.json of a label stage: shares, thresholds and confidences in [0, 1] by class."""
+    """statistics.json of a label stage, by class in [0, 1]: `kept` is the share of what is predicted as the class."""
 
     kept: dict[str, Value]
     kept_total: Value = None
+    predicted: dict[str, Value] = {}
     thresholds: dict[str, Value] = {}
     confidence: dict[str, Value] = {}
     quality: dict[str, Any] | None = None

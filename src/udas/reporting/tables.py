@@ -133,8 +133,9 @@ def _label_table(classes: list[str], group: list[tuple[str, Statistics]], colour
     detailed = list(dict.fromkeys(k for _, q in quality for k, v in q.items() if isinstance(v, dict)))
     totals = [(t, s.kept_total, [(s.quality or {}).get(m) for m in measures]) for t, s in group]
     parts: list[tuple[str, list[tuple[str, Mapping[str, Any]]]]] = [
-        ("share of pixels kept", [(title, statistics.kept) for title, statistics in group]),
+        ("share of the class's pixels kept", [(title, statistics.kept) for title, statistics in group]),
         *((f"quality: {key}", [(title, q.get(key) or {}) for title, q in quality]) for key in detailed),
+        ("share of all pixels predicted", [(title, statistics.predicted) for title, statistics in group]),
         ("mean confidence", [(title, statistics.confidence) for title, statistics in group]),
         ("threshold", [(title, statistics.thresholds) for title, statistics in group]),
     ]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from udas.errors import RunError
 from udas.methods.base import Method
+from udas.storage import write_atomically
 from udas.training.engine import TrainingEngine
 
 FORMAT = 1
@@ -26,21 +26,6 @@ class Progress:
     step: int = 0
     best_miou: float = -1.0
     seconds: float = 0.0
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one instant. Raises `RunError` when the disk is full or not writable."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written ({error.strerror}); what was there before is untouched") from error
 
 
 def save_checkpoint(path: Path, method: Method[Any], engine: TrainingEngine, progress: Progress) -> None:

@@ -20,7 +20,8 @@ from udas.data.dataset import PictureSet
 from udas.data.loader import make_loader
 from udas.errors import RunError
 from udas.methods.base import Method
-from udas.training.checkpoint import Progress, load_checkpoint, save_checkpoint, write_atomically
+from udas.storage import write_atomically
+from udas.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from udas.training.engine import TrainingEngine
 from udas.training.log import Bar, TrainingLog
 from udas.training.runtime import Runtime

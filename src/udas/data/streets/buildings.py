@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 
 from udas.data.streets.camera import Floats
@@ -10,6 +12,13 @@ from udas.data.streets.figures import pick
 from udas.data.streets.looks import Look
 
 Span = tuple[float, float]
+
+BEAMS: dict[int, tuple[Span, ...]] = {  # level parts of a fence, as shares of its height
+    0: (),
+    1: ((0.18, 0.3), (0.5, 0.62), (0.82, 0.94)),
+    2: ((0.93, 1.0),),
+    3: ((0.5, 0.9),),
+}
 
 
 def along(x: float, span: Span, low: float, high: float) -> Points:
@@ -61,7 +70,7 @@ def building(
                Material.FACADE, pattern)  # fmt: skip
     canvas.add(along(front[0], span, 0, height), colour, Label.BUILDING, layer, span[0], Material.FACADE, pattern)
     _cornice(canvas, trim, front, span, (height, shop if shop > 1 else 0), layer)
-    if rng.random() < 0.35 and floors > 1:
+    if layer == Layer.PLOT and floors > 1 and rng.random() < 0.3:
         _balconies(canvas, rng, trim, front, span, (storey, shop, floors), layer)
     if rng.random() < look.layout.pitched:
         _roof(canvas, rng, look, (front, span, height), colour, layer)
@@ -121,9 +130,11 @@ def _roof(
     canvas.add(np.concatenate(chimney), wall * 0.7, Label.BUILDING, layer, z0)
 
 
-def wall(canvas: Canvas, rng: np.random.Generator, look: Look, front: Span, span: Span) -> None:
+def wall(
+    canvas: Canvas, rng: np.random.Generator, look: Look, front: Span, span: Span, heights: Span = (1.4, 3.0)
+) -> None:
     """A brick or concrete wall along the front x[0] with a coping; its end faces the camera."""
-    high, thick = rng.uniform(1.4, 3.0), 0.35 if front[1] > front[0] else -0.35
+    high, thick = rng.uniform(*heights), 0.35 if front[1] > front[0] else -0.35
     colour = pick(rng, look.palette.wall, look.palette.spread)
     brick = rng.random() < 0.6
     pattern = np.array([0.55 if brick else 2.4, 0.22 if brick else 1.2, 0, 0, 0, rng.integers(1, 997)], np.float32)
@@ -141,13 +152,11 @@ def fence(
     kind = int(rng.integers(3)) if kind is None else kind
     colour = pick(rng, look.palette.fence, look.palette.spread)
     high = 0.85 if kind == 3 else rng.uniform(1.1, 2.2)
-    if kind in (0, 2):
-        pattern = np.float32([0.28 if kind == 0 else 0.14, kind, 0, 0, 0, 0])
-        canvas.add(along(x, span, 0.04, high), colour, Label.FENCE, layer, span[0], Material.BOARDS, pattern)
-    beams = {0: (), 1: (0.25, 0.55, 0.85), 2: (0.97,), 3: (0.7,)}[kind]
-    for share in beams:
-        thick = 0.32 if kind == 3 else 0.16
-        beam = along(x, span, high * share - thick / 2, high * share + thick / 2)
-        canvas.add(beam, colour, Label.FENCE, layer, span[0])
-    posts = [across(z, (x - 0.07, x + 0.07), 0, high + 0.1) for z in np.arange(span[1], span[0], -2.2).tolist()]
-    canvas.add(np.concatenate(posts), colour * 0.8, Label.FENCE, layer, span[0])
+    pattern = np.array([0.28 if kind == 0 else 0.14, kind, 0, 0, 0, 0], np.float32)
+    stops = np.arange(span[0], span[1] + 2.2, 2.2).tolist()
+    for start, stop in pairwise(stops):
+        if kind in (0, 2):
+            canvas.add(along(x, (start, stop), 0.04, high), colour, Label.FENCE, layer, stop, Material.BOARDS, pattern)
+        beams = [along(x, (start, stop), high * low, high * top) for low, top in BEAMS[kind]]
+        posts = [across(stop, (x - 0.07, x + 0.07), 0, high + 0.1)]
+        canvas.add(np.concatenate(beams + posts), colour * 0.9, Label.FENCE, layer, stop)

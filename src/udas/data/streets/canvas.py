@@ -123,7 +123,7 @@ class Canvas:
             centre: [3] a point inside a closed body; polygons of its far side are left out.
         """
         if colours.ndim == 1:
-            colours = np.tile(colours, (len(points), 1))
+            colours = colours[None].repeat(len(points), axis=0)
         self.patches.append(Patch(points, colours, label, material, (layer, -distance), pattern, centre))
 
     def finish(self, camera: Camera, bend: float) -> tuple[NDArray[np.int32], Surfaces]:
@@ -193,15 +193,16 @@ def _paint(
     hidden: NDArray[np.bool_],
 ) -> NDArray[np.int32]:
     view = camera.to_view(points)
-    nearest = np.minimum.reduceat(view[:, 2], starts)
+    nearest, farthest = np.minimum.reduceat(view[:, 2], starts), np.maximum.reduceat(view[:, 2], starts)
     pixels = camera.to_pixels(np.maximum(view, [-np.inf, -np.inf, NEAR]).astype(np.float32))
     low, high = np.minimum.reduceat(pixels, starts), np.maximum.reduceat(pixels, starts)
-    outside = (high < 0).any(1) | (low > [camera.width, camera.height]).any(1) | ((high - low) < 0.5).all(1)
+    outside = (high < 0).any(1) | (low > [camera.width, camera.height]).any(1) | ((high - low) < 1).all(1)
     cut = nearest < NEAR
+    seen = ~hidden & (farthest > NEAR) & (cut | ~outside)
     image = Image.fromarray(_sky_and_ground(camera))
     draw = ImageDraw.Draw(image)
     flat = (pixels + 0.5).ravel().tolist()  # Pillow cuts coordinates down to whole pixels
-    for row in np.flatnonzero(~hidden & (cut | ~outside)).tolist():
+    for row in np.flatnonzero(seen).tolist():
         start, count = int(starts[row]), int(counts[row])
         corners = flat[2 * start : 2 * (start + count)]
         if cut[row]:
@@ -213,10 +214,7 @@ def _paint(
 
 def _sky_and_ground(camera: Camera) -> NDArray[np.int32]:
     """Surface 1 (ground) below the horizon, 0 (sky) above."""
-    columns = np.arange(camera.width, dtype=np.float32)[None, :] + 0.5 - camera.width / 2
-    rows = np.arange(camera.height, dtype=np.float32)[:, None] + 0.5 - camera.height / 2
-    up = camera.rotation[:, 1]
-    return (columns * up[0] + rows * up[1] + camera.focal * up[2] < 0).astype(np.int32)
+    return (camera.rays(0, camera.height)[1] < 0).astype(np.int32)
 
 
 def _clipped(camera: Camera, corners: Floats) -> list[float]:

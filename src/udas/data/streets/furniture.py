@@ -6,7 +6,7 @@ import numpy as np
 
 from udas.data.streets.camera import Floats
 from udas.data.streets.canvas import Canvas, Label, Layer
-from udas.data.streets.figures import Outline, disc, pick, upright
+from udas.data.streets.figures import Outline, disc, padded, pick, upright
 from udas.data.streets.looks import Look, rgb
 
 CORNERS = 10
@@ -24,9 +24,9 @@ def pole(canvas: Canvas, colour: Floats, place: Place, height: float, wide: floa
     """A post with a lit and a dark half, so that it looks round."""
     light = [(-wide / 2, 0.0), (0.0, 0.0), (0.0, height), (-wide / 2, height)]
     dark = [(0.0, 0.0), (wide / 2, 0.0), (wide / 2, height), (0.0, height)]
-    base = _rectangle(0, 0.3, wide * 1.6, 0.6)
+    base = _rectangle(0, 0.25, wide * 1.35, 0.5)
     shades = np.stack([colour, colour * 0.68, colour * 0.8])
-    canvas.add(upright([light, dark, base], 4, place), shades, Label.POLE, Layer.STREET, place[1])
+    canvas.add(upright(padded([light, dark, base], 4), place), shades, Label.POLE, Layer.STREET, place[1])
 
 
 def lamp(canvas: Canvas, rng: np.random.Generator, look: Look, place: Place, colour: Floats) -> None:
@@ -35,7 +35,7 @@ def lamp(canvas: Canvas, rng: np.random.Generator, look: Look, place: Place, col
     pole(canvas, colour, place, height, 0.24)
     arm = [(0.0, height - 0.12), (reach, height + 0.3), (reach, height + 0.46), (0.0, height + 0.08)]
     head = _rectangle(reach, height + 0.32, 0.9, 0.24)
-    canvas.add(upright([arm, head], 4, place), np.stack([colour * 0.9, colour * 0.6]), Label.POLE, Layer.STREET, place[1])
+    canvas.add(upright(padded([arm, head], 4), place), np.stack([colour * 0.9, colour * 0.6]), Label.POLE, Layer.STREET, place[1])
 
 
 def sign(canvas: Canvas, rng: np.random.Generator, look: Look, place: Place, colour: Floats) -> None:
@@ -44,7 +44,7 @@ def sign(canvas: Canvas, rng: np.random.Generator, look: Look, place: Place, col
     pole(canvas, colour, place, height + 0.3, 0.14)
     faces = _american if look.layout.american else _european
     outlines, colours = faces(rng, height)
-    canvas.add(upright(outlines, CORNERS, place), np.stack(colours), Label.SIGN, Layer.STREET, place[1] - 0.1)
+    canvas.add(upright(padded(outlines, CORNERS), place), np.stack(colours), Label.SIGN, Layer.STREET, place[1] - 0.1)
 
 
 def _european(rng: np.random.Generator, y: float) -> tuple[list[Outline], list[Floats]]:
@@ -86,7 +86,7 @@ def traffic_light(canvas: Canvas, rng: np.random.Generator, place: Place, colour
     if tall:
         reach = rng.uniform(2.0, 3.6) * (-1 if place[0] > 0 else 1)
         arm = [[(0.0, height - 0.1), (reach, height - 0.1), (reach, height + 0.06), (0.0, height + 0.06)]]
-        canvas.add(upright(arm, 4, place), colour * 0.9, Label.POLE, Layer.STREET, place[1])
+        canvas.add(upright(padded(arm, 4), place), colour * 0.9, Label.POLE, Layer.STREET, place[1])
         _signal(canvas, place, (reach, height - 0.2), lit)
 
 
@@ -95,7 +95,7 @@ def _signal(canvas: Canvas, place: Place, at: Place, lit: int) -> None:
     box = [(x - 0.24, y - 0.6), (x + 0.24, y - 0.6), (x + 0.24, y + 0.6), (x - 0.24, y + 0.6)]
     outlines = [box, *(disc(x, y + up, 0.16, CORNERS) for up in (0.38, 0.0, -0.38))]
     colours = np.concatenate([BOX[None], LAMPS * np.where(np.arange(3) == lit, 1.0, 0.22)[:, None]])
-    canvas.add(upright(outlines, CORNERS, place), colours, Label.SIGN, Layer.STREET, place[1] - 0.1)
+    canvas.add(upright(padded(outlines, CORNERS), place), colours, Label.SIGN, Layer.STREET, place[1] - 0.1)
 
 
 def pole_colour(rng: np.random.Generator, look: Look) -> Floats:

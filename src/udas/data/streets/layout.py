@@ -7,7 +7,7 @@ from math import radians, tan
 
 import numpy as np
 
-from udas.data.streets.buildings import across, along, building, fence, flat, wall
+from udas.data.streets.buildings import building, fence, wall
 from udas.data.streets.camera import Camera, Floats, make_camera
 from udas.data.streets.canvas import Canvas, Label, Layer, Material
 from udas.data.streets.figures import hedge, person, pick, tree
@@ -16,6 +16,7 @@ from udas.data.streets.looks import Look
 from udas.data.streets.vehicles import SHAPES, pick_shape, vehicle
 
 BEHIND = -6.0  # metres: plots begin behind the camera so that wide pictures are filled
+BAY = 2.2  # metres: width of a row of parked vehicles
 DEPTH = 12.0  # metres from the front of a building to its back
 
 Span = tuple[float, float]
@@ -25,7 +26,7 @@ Span = tuple[float, float]
 class Street:
     """Measures in metres; lateral positions count from the middle of the road.
 
-    half: half the width of the road. walk, front: width of the pavement, and x of the plots, left and right.
+    half: half the width of the road. drive: what is left of it beside parked vehicles, left and right. walk, front: width of the pavement, and x of the plots, left and right.
     verge: width of the grass strip at the kerb, left and right. bend: curvature in 1/m. junction: z of a crossing road.
     end: z where the street ends at a building or a park. lanes: per direction. zebra, double: markings.
     grassy: whether yards are grass, left and right. sun: [3] towards the sun. ambient: share of undirected light.
@@ -33,6 +34,7 @@ class Street:
     """
 
     half: float
+    drive: Span
     walk: float
     front: Span
     verge: Span
@@ -51,7 +53,7 @@ class Street:
 def draw_camera(rng: np.random.Generator, look: Look, street: Street, size: tuple[int, int]) -> tuple[Camera, float]:
     """A camera in the right half of the road, and half its field of view as a slope."""
     view = look.view
-    x = street.half * rng.uniform(*view.lane)
+    x = street.drive[1] * rng.uniform(*view.lane)
     angles = (rng.normal(0, view.yaw / 2), rng.uniform(*view.pitch), rng.normal(0, view.roll / 2))
     field = rng.uniform(*view.field_of_view)
     return make_camera((x, rng.uniform(*view.height), 0.0), angles, field, size), tan(radians(field) / 2)
@@ -60,20 +62,23 @@ def draw_camera(rng: np.random.Generator, look: Look, street: Street, size: tupl
 def draw_street(rng: np.random.Generator, look: Look) -> Street:
     """Draw the measures of a street."""
     layout = look.layout
-    half, walk = rng.uniform(*layout.road), rng.uniform(*layout.walk)
+    lanes, walk = rng.uniform(*layout.road), rng.uniform(*layout.walk)
+    parked = [BAY * float(rng.random() < layout.parking) for _ in range(2)]
+    half = lanes + max(parked)
     verges = [1.4 * float(rng.random() < layout.verge) for _ in range(2)]
     fronts = [half + walk + verge + rng.uniform(*layout.setback) for verge in verges]
     crossing = rng.uniform(18, 50)
     sun = np.array([rng.uniform(-1, 1), rng.uniform(0.6, 1.2), rng.uniform(-1, 0.4)])
     return Street(
         half=half,
+        drive=(half - parked[0], half - parked[1]),
         walk=walk,
         front=(fronts[0], fronts[1]),
         verge=(verges[0], verges[1]),
         bend=rng.uniform(-layout.bend, layout.bend),
         junction=(crossing, crossing + rng.uniform(7, 12)) if rng.random() < 0.55 else None,
-        end=rng.uniform(75, 150),
-        lanes=2 if half > 5.8 else 1,
+        end=rng.uniform(60, 110),
+        lanes=2 if lanes > 5.8 else 1,
         zebra=bool(rng.random() < 0.8),
         double=bool(rng.random() < 0.4),
         grassy=(bool(rng.random() < 0.5), bool(rng.random() < 0.5)),
@@ -88,7 +93,7 @@ def furnish(canvas: Canvas, rng: np.random.Generator, look: Look, street: Street
     _backdrop(canvas, rng, look, street)
     kinds = _nearby_kinds(rng)
     for side in (-1, 1):
-        _plots(canvas, rng, look, street, side, kinds[side])
+        _plots(canvas, rng, look, street, side, slope, kinds[side])
         _kerb(canvas, rng, look, street, side, slope)
         _parked(canvas, rng, look, street, side)
     _traffic(canvas, rng, look, street)
@@ -118,7 +123,9 @@ def _nearby_kinds(rng: np.random.Generator) -> dict[int, list[str]]:
     return {-1: [first[0], first[1]], 1: [first[2], first[3]]}
 
 
-def _plots(canvas: Canvas, rng: np.random.Generator, look: Look, street: Street, side: int, kinds: list[str]) -> None:
+def _plots(
+    canvas: Canvas, rng: np.random.Generator, look: Look, street: Street, side: int, slope: float, kinds: list[str]
+) -> None:
     """The row of buildings and yards along one side, up to the end of the street."""
     z = BEHIND + rng.uniform(0, 5)
     while z < street.end - 4:
@@ -128,7 +135,7 @@ def _plots(canvas: Canvas, rng: np.random.Generator, look: Look, street: Street,
             _plot(canvas, rng, look, street, side, (z, far), "building")
             z = street.junction[1] + street.walk
             continue
-        visible = far > street.front[0] * 1.6
+        visible = far > 1.35 * _first_visible(street, side * street.front[side > 0], slope)
         kind = kinds.pop() if visible and kinds else _random_kind(rng, look)
         _plot(canvas, rng, look, street, side, (z, far), kind)
         z = far + rng.choice([0.0, 0.0, 0.0, 1.5])
@@ -145,6 +152,8 @@ def _plot(
 ) -> None:
     front = side * street.front[side > 0]
     if kind == "building":
+        if rng.random() < 0.25:
+            front = _garden(canvas, rng, look, side, front, span)
         height = building(canvas, rng, look, (front, front + side * DEPTH), span)
         _cast_shadow(canvas, street, front, span, height)
         return
@@ -160,6 +169,15 @@ def _plot(
         fence(canvas, rng, look, front, span, Layer.PLOT)
     elif kind == "hedge":
         hedge(canvas, rng, look.palette, side, front, span)
+
+
+def _garden(canvas: Canvas, rng: np.random.Generator, look: Look, side: int, front: float, span: Span) -> float:
+    """A low wall or a fence before a house; returns the x of the house behind it."""
+    if rng.random() < 0.5:
+        wall(canvas, rng, look, (front, front + side), span, (0.7, 1.3))
+    else:
+        fence(canvas, rng, look, front, span, Layer.PLOT)
+    return front + side * rng.uniform(2.0, 3.5)
 
 
 def _cast_shadow(canvas: Canvas, street: Street, front: float, span: Span, height: float) -> None:
@@ -178,13 +196,13 @@ def _kerb(canvas: Canvas, rng: np.random.Generator, look: Look, street: Street, 
     x = side * (street.half + 0.45)
     near = _first_visible(street, x, slope)
     colour = pole_colour(rng, look)
-    for z in _places(rng, street, near * rng.uniform(0.9, 1.4), look.layout.lamps):
+    for z in _places(rng, street, near * rng.uniform(1.1, 1.6), look.layout.lamps):
         lamp(canvas, rng, look, (x, z), colour)
     if rng.random() < 0.7:
         palm = bool(rng.random() < look.layout.palms)
         for z in _places(rng, street, near * rng.uniform(1.0, 2.5), look.layout.trees):
             tree(canvas, rng, look.palette, (x + side * 0.3, z), Layer.STREET, palm)
-    for z in _places(rng, street, near * rng.uniform(1.05, 1.5), (9, 26)):
+    for z in _places(rng, street, max(near * rng.uniform(1.2, 1.7), 8), (9, 26)):
         sign(canvas, rng, look, (x + side * 0.1, z), colour)
     if street.junction:
         traffic_light(canvas, rng, (x, street.junction[0] - 1.0), colour)
@@ -203,12 +221,12 @@ def _first_visible(street: Street, x: float, slope: float) -> float:
 
 def _places(rng: np.random.Generator, street: Street, start: float, spacing: Span) -> list[float]:
     """Regular places along the kerb, leaving the crossing road free."""
-    places = np.arange(start, min(street.end, 70.0), rng.uniform(*spacing)).tolist()
+    places = np.arange(start, min(street.end, 60.0), rng.uniform(*spacing)).tolist()
     return [z for z in places if not (street.junction and street.junction[0] - 3 < z < street.junction[1] + 3)]
 
 
 def _parked(canvas: Canvas, rng: np.random.Generator, look: Look, street: Street, side: int) -> None:
-    if rng.random() > look.layout.parking:
+    if street.drive[side > 0] == street.half:
         return
     x, heading = side * (street.half - 1.05), 0.0 if side > 0 else 180.0
     for z in _places(rng, street, rng.uniform(5, 12), (5.4, 7.5)):
@@ -218,11 +236,14 @@ def _parked(canvas: Canvas, rng: np.random.Generator, look: Look, street: Street
 
 def _traffic(canvas: Canvas, rng: np.random.Generator, look: Look, street: Street) -> None:
     """Moving vehicles: away from the camera on the right, towards it on the left, and across a junction."""
-    wide = street.half / street.lanes
-    for z in np.cumsum(rng.uniform(7, 15, int(rng.integers(*look.layout.traffic)))).tolist():
-        side = 1 if rng.random() < 0.5 else -1
-        x = side * (wide * (rng.integers(street.lanes) + 0.5) - 0.2)
-        vehicle(canvas, rng, look.palette, pick_shape(rng), (x, z + 2.0), 0.0 if side > 0 else 180.0)
+    ends = {-1: rng.uniform(4, 16), 1: rng.uniform(9, 22)}
+    for _ in range(int(rng.integers(*look.layout.traffic))):
+        side, shape = (1 if rng.random() < 0.5 else -1), pick_shape(rng)
+        wide, length = street.drive[side > 0] / street.lanes, shape.profile[-1][0] - shape.profile[0][0]
+        z = ends[side] + length * (1.6 if length > 6 else 0.5)
+        x = side * wide * (rng.integers(street.lanes) + 0.5)
+        vehicle(canvas, rng, look.palette, shape, (x, z), 0.0 if side > 0 else 180.0)
+        ends[side] = z + length / 2 + rng.uniform(3, 14)
     if street.junction and rng.random() < 0.5:
         x, z = rng.uniform(-8, 8), sum(street.junction) / 2
         vehicle(canvas, rng, look.palette, pick_shape(rng, len(SHAPES)), (x, z), float(rng.choice([90, 270])))

@@ -127,7 +127,7 @@ HAIR = rgb("2a1d14", "6b4a2a", "b98d4f", "111111", "7d7d7d")
 GAME = Look(
     View((2.1, 3.0), (78, 92), (1, 6), 7.0, 0.0, (0.3, 0.6)),
     Layout(
-        road=(6.0, 8.5),
+        road=(5.0, 8.0),
         walk=(2.6, 4.2),
         setback=(0.0, 2.5),
         floors=(2, 9),
@@ -176,7 +176,7 @@ GAME = Look(
 CAMERA = Look(
     View((1.2, 1.6), (50, 66), (-2, 3.5), 3.5, 1.2, (0.35, 0.65)),
     Layout(
-        road=(3.6, 5.6),
+        road=(3.0, 4.2),
         walk=(1.8, 3.0),
         setback=(0.0, 0.8),
         floors=(2, 6),
@@ -221,8 +221,8 @@ CAMERA = Look(
     Light((0.55, 0.85), 0.35, (0.35, 1.0), 1.0),
     Sensor(
         fog=(0.001, 0.014),
-        exposure=(0.75, 1.35),
-        gamma=(0.85, 1.2),
+        exposure=(0.85, 1.35),
+        gamma=(0.8, 1.15),
         warmth=(-0.16, 0.2),
         tint=0.05,
         saturation=(0.6, 1.05),

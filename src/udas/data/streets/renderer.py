@@ -11,11 +11,13 @@ from udas.data.streets.camera import Floats
 from udas.data.streets.canvas import Canvas
 from udas.data.streets.layout import draw_camera, draw_street, furnish
 from udas.data.streets.looks import LOOKS
-from udas.data.streets.sensor import in_fog, photograph
-from udas.data.streets.shading import shade
+from udas.data.streets.sensor import Fog, draw_fog, in_fog, photograph
+from udas.data.streets.shading import Scene, make_scene, shade
 
 LookName = Literal["game", "camera"]
 Bytes = NDArray[np.uint8]
+
+BAND = 32  # rows shaded at a time, even
 
 
 def render(look: LookName, seed: int, index: int, size: tuple[int, int] = (128, 256)) -> tuple[Bytes, Bytes]:
@@ -38,12 +40,17 @@ def render(look: LookName, seed: int, index: int, size: tuple[int, int] = (128, 
     canvas = Canvas()
     furnish(canvas, rng, style, street, slope)
     ids, surfaces = canvas.finish(camera, street.bend)
-    shaded = shade(ids, surfaces, camera, style, street, rng)
-    colour = _mean_of_four(in_fog(shaded.colour, shaded.depth, style, rng))
-    label = _most_of_four(shaded.label)
+    scene, fog = make_scene(surfaces, camera, style, street, rng), draw_fog(rng, style)
+    bands = [_band(scene, ids[first : first + BAND], first, fog) for first in range(0, len(ids), BAND)]
+    colour, label = (np.concatenate(parts) for parts in zip(*bands, strict=True))
     if style.sensor is None:
         return (np.clip(colour, 0, 1) * 255).astype(np.uint8), label
     return photograph(colour, style.sensor, rng), label
+
+
+def _band(scene: Scene, ids: NDArray[np.int32], first: int, fog: Fog | None) -> tuple[Floats, Bytes]:
+    colour, label, depth = shade(scene, ids, first)
+    return _mean_of_four(in_fog(colour, depth, fog)), _most_of_four(label)
 
 
 def _mean_of_four(colour: Floats) -> Floats:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,15 +15,32 @@ from udas.data.streets.looks import Look, Sensor
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
-def in_fog(colour: Floats, depth: Floats, look: Look, rng: np.random.Generator) -> Floats:
-    """Koschmieder: c exp(-k d) + fog (1 - exp(-k d)); colour [H, W, 3], depth [H, W] metres. The sky stays."""
+@dataclass(frozen=True)
+class Fog:
+    """density: 1 / metres; colour: [3] in [0, 1]."""
+
+    density: float
+    colour: Floats
+
+
+def draw_fog(rng: np.random.Generator, look: Look) -> Fog | None:
+    """Draw the fog of one picture; a game has none."""
     if look.sensor is None:
-        return colour
+        return None
     low, high = look.sensor.fog
-    density = np.float32(low * (high / low) ** rng.random())
-    fog = np.float32(look.palette.horizon.mean(0) * rng.uniform(0.85, 1.0))
-    clear = np.exp(-density * np.minimum(depth, 150))[..., None]
-    return fog + (colour - fog) * clear
+    colour = look.palette.horizon.mean(0) * np.float32(rng.uniform(0.85, 1.0))
+    return Fog(low * (high / low) ** rng.random(), colour)
+
+
+def in_fog(colour: Floats, depth: Floats, fog: Fog | None) -> Floats:
+    """Koschmieder's law: c exp(-k d) + fog (1 - exp(-k d)); colour [..., 3], depth [...] in metres."""
+    if fog is None:
+        return colour
+    clear = np.exp(np.float32(-fog.density) * np.minimum(depth, 150))[..., None]
+    veiled = colour - fog.colour
+    veiled *= clear
+    veiled += fog.colour
+    return veiled
 
 
 def photograph(colour: Floats, sensor: Sensor, rng: np.random.Generator) -> NDArray[np.uint8]:
@@ -31,12 +49,17 @@ def photograph(colour: Floats, sensor: Sensor, rng: np.random.Generator) -> NDAr
     exposed = colour * (_gains(sensor, rng) * _vignette(height, width, rng.uniform(*sensor.vignette)))
     grey = (exposed @ LUMA)[..., None]
     exposed = grey + (exposed - grey) * np.float32(rng.uniform(*sensor.saturation))
-    exposed = np.clip(exposed, 0, 1) ** np.float32(rng.uniform(*sensor.gamma))
-    image = Image.fromarray((exposed * 255).astype(np.uint8))
+    image = Image.fromarray(_developed(exposed, rng.uniform(*sensor.gamma)))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*sensor.blur) * width / 256))
     grain = rng.standard_normal((height, width, 3), np.float32) * np.float32(255 * rng.uniform(*sensor.noise))
     noisy = np.clip(np.asarray(image, np.float32) + grain, 0, 255).astype(np.uint8)
     return _compressed(noisy, int(rng.integers(*sensor.jpeg)))
+
+
+def _developed(exposed: Floats, gamma: float) -> NDArray[np.uint8]:
+    """The tone curve, from a table of 1024 steps."""
+    table = (255 * np.linspace(0, 1, 1024) ** gamma).astype(np.uint8)
+    return table[np.clip(exposed * 1023, 0, 1023).astype(np.int16)]
 
 
 def _gains(sensor: Sensor, rng: np.random.Generator) -> Floats:

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from udas.data.streets.camera import Camera, Floats
 from udas.data.streets.canvas import Material, Surfaces
-from udas.data.streets.ground import paint_ground
+from udas.data.streets.ground import GroundPaints, draw_ground, paint_ground
 from udas.data.streets.layout import Street
 from udas.data.streets.looks import Look
-from udas.data.streets.texture import CLOUDS, TILE, fade, hashed, noise
+from udas.data.streets.texture import CLOUDS, TILE, fade, hashed, noise, part
 
 FAR = np.float32(400)  # metres
 WARM_LAMP = np.array([0.35, 0.3, 0.2], np.float32)
@@ -20,17 +20,46 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Shaded:
-    """colour: [H, W, 3] in [0, 1]; label: [H, W] uint8; depth: [H, W] metres."""
+class Paints:
+    """What is drawn once for a picture: colours [3] of ground and sky, cover and place [2] of the clouds."""
 
-    colour: Floats
-    label: NDArray[np.uint8]
-    depth: Floats
+    ground: GroundPaints
+    zenith: Floats
+    horizon: Floats
+    cloud: Floats
+    cover: Floats
+    drift: Floats
+
+
+def draw_paints(rng: np.random.Generator, look: Look) -> Paints:
+    """Draw the colours of one picture."""
+    palette = look.palette
+    tone = int(rng.integers(len(palette.zenith)))
+    return Paints(
+        draw_ground(rng, look),
+        palette.zenith[tone],
+        palette.horizon[tone % len(palette.horizon)],
+        palette.cloud[int(rng.integers(len(palette.cloud)))],
+        np.float32(rng.uniform(*look.light.clouds)),
+        rng.uniform(0, TILE, 2).astype(np.float32),
+    )
 
 
 @dataclass(frozen=True)
-class _Pixels:
-    """The pixels of one material: surface numbers and world coordinates, each [P]."""
+class Scene:
+    """All that shading looks up. table: surfaces; tint: their colours in this light, [S, 3]."""
+
+    table: Surfaces
+    tint: Floats
+    camera: Camera
+    look: Look
+    street: Street
+    paints: Paints
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """The pixels of one material: surface numbers [P] and world coordinates, each [P]."""
 
     surface: Ints
     x: Floats
@@ -39,41 +68,66 @@ class _Pixels:
     depth: Floats
 
 
-def shade(
-    ids: NDArray[np.int32], table: Surfaces, camera: Camera, look: Look, street: Street, rng: np.random.Generator
-) -> Shaded:
-    """Shade every pixel. ids: [H, W] surface numbers from `Canvas.finish`."""
+def make_scene(table: Surfaces, camera: Camera, look: Look, street: Street, rng: np.random.Generator) -> Scene:
+    """Light the surfaces and draw the colours of ground and sky."""
+    return Scene(table, table.colour * _light(table, street)[:, None], camera, look, street, draw_paints(rng, look))
+
+
+def shade(scene: Scene, ids: NDArray[np.int32], first: int) -> tuple[Floats, NDArray[np.uint8], Floats]:
+    """Shade some rows of the picture; a few at a time stay in the processor's cache.
+
+    Args:
+        scene: what is there.
+        ids: [N, W] surface numbers.
+        first: the row that ids[0] is.
+
+    Returns:
+        Colour [N, W, 3] in [0, 1], class [N, W], depth [N, W] in metres.
+    """
     flat = ids.ravel().astype(np.int64)
-    depth = _depth(ids, table, camera).ravel()
-    ray = [axis.ravel() for axis in camera.rays()]
-    label, material = table.label[flat], table.material[flat]
-    depth[material == Material.SKY] = FAR
-    colour = (table.colour * _light(table, street)[:, None]).take(flat, axis=0)
-    for kind in Material:
-        where = np.flatnonzero(material == kind)
+    materials = scene.table.material.take(flat)
+    order = np.argsort(materials, kind="stable")  # the pixels of a material side by side: slices, no masks
+    stops = np.cumsum(np.bincount(materials, minlength=len(Material))).tolist()
+    depth = _depth(scene, ids, first)
+    surface, far = flat.take(order), depth.take(order)
+    rays = [axis.ravel().take(order) for axis in scene.camera.rays(first, first + len(ids))]
+    colour, label = scene.tint.take(surface, axis=0), scene.table.label.take(surface)
+    for kind, start, stop in zip(Material, [0, *stops], stops, strict=False):
+        rows = slice(start, stop)
         if kind == Material.SKY:
-            colour[where] = _sky([axis[where] for axis in ray], look, rng)
-        elif kind != Material.PLAIN:
-            far = depth[where]
-            place = (ray[axis][where] * far + camera.position[axis] for axis in range(3))
-            pixels = _Pixels(flat[where], *place, far)
+            colour[rows] = _sky([axis[rows] for axis in rays], scene.paints)
+            far[rows] = FAR
+        elif kind != Material.PLAIN and stop > start:
+            places = (axis[rows] * far[rows] + at for axis, at in zip(rays, scene.camera.position, strict=True))
+            pixels = Pixels(surface[rows], *places, far[rows])
             if kind == Material.GROUND:
-                ground, label[where] = paint_ground(pixels.x, pixels.z, far, look, street, rng)
-                colour[where] *= ground
+                label[rows] = _ground(colour[rows], pixels, scene)
             else:
-                colour[where] = SHADERS[kind](colour[where], pixels, table, look)
-    return Shaded(colour.reshape(*ids.shape, 3), label.reshape(ids.shape), depth.reshape(ids.shape))
+                colour[rows] = SHADERS[kind](colour[rows], pixels, scene.table, scene.look)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    image = colour.take(place, axis=0).reshape(*ids.shape, 3)
+    return image, label.take(place).reshape(ids.shape), far.take(place).reshape(ids.shape)
 
 
-def _depth(ids: NDArray[np.int32], table: Surfaces, camera: Camera) -> Floats:
-    """The depth of a plane is the inverse of a linear function of the pixel's place: d = offset / (normal . ray)."""
+def _depth(scene: Scene, ids: NDArray[np.int32], first: int) -> Floats:
+    """Depth [N * W]: for a plane, the inverse of a linear function of the pixel's place, normal . ray / offset."""
+    table, camera = scene.table, scene.camera
     slope = (table.normal @ camera.rotation.T) / np.where(np.abs(table.offset) < 1e-6, 1e-6, table.offset)[:, None]
-    columns = (np.arange(camera.width, dtype=np.float32) + 0.5 - camera.width / 2) / camera.focal
-    rows = (np.arange(camera.height, dtype=np.float32)[:, None] + 0.5 - camera.height / 2) / camera.focal
+    columns, rows = camera.grid(first, first + len(ids))
     right, down, forward = (np.ascontiguousarray(slope[:, axis], np.float32) for axis in range(3))
-    inverse = right[ids] * columns + down[ids] * rows + forward[ids]
+    inverse = right.take(ids) * columns
+    inverse += down.take(ids) * rows
+    inverse += forward.take(ids)
     depth: Floats = 1 / np.clip(inverse, 1 / FAR, np.float32(1 / 0.3))
-    return depth
+    return depth.ravel()
+
+
+def _ground(colour: Floats, pixels: Pixels, scene: Scene) -> NDArray[np.uint8]:
+    """Paint the ground into `colour` [P, 3], which holds the share of light that shadows leave; gives the classes."""
+    paint, label = paint_ground(pixels.x, pixels.z, pixels.depth, scene.look, scene.street, scene.paints.ground)
+    colour *= paint
+    return label
 
 
 def _light(table: Surfaces, street: Street) -> Floats:
@@ -84,7 +138,7 @@ def _light(table: Surfaces, street: Street) -> Floats:
     return light.astype(np.float32)
 
 
-def _facing(pixels: _Pixels, table: Surfaces) -> tuple[Floats, Floats]:
+def _facing(pixels: Pixels, table: Surfaces) -> tuple[Floats, Floats]:
     """Metres along an upright surface from its first corner, and metres above it."""
     normal, origin = table.normal, table.origin
     s = pixels.surface
@@ -94,10 +148,10 @@ def _facing(pixels: _Pixels, table: Surfaces) -> tuple[Floats, Floats]:
     return np.abs(pixels.x * right[s] + pixels.z * forward[s] - start[s]), pixels.y - origin[s, 1]
 
 
-def _facade(colour: Floats, pixels: _Pixels, table: Surfaces, look: Look) -> Floats:
+def _facade(colour: Floats, pixels: Pixels, table: Surfaces, look: Look) -> Floats:
     """Framed windows, shop fronts with a sign board below, dirt towards the ground."""
     u, v = _facing(pixels, table)
-    pitch, storey, wide, high, shop, seed = (table.pattern[:, i][pixels.surface] for i in range(6))
+    pitch, storey, wide, high, shop, seed = (table.pattern[:, i].take(pixels.surface) for i in range(6))
     below = (v < shop) & (shop > 1)
     pitch = np.where(below, pitch * 1.6, pitch)
     column, row = np.floor(u / pitch), np.floor((v - shop) / storey)
@@ -106,9 +160,8 @@ def _facade(colour: Floats, pixels: _Pixels, table: Surfaces, look: Look) -> Flo
     fv = np.where(below, np.abs(v / shop - 0.38) / 0.3, np.abs((v - shop) / storey - row - 0.46) * 2 / high)
     edge = np.maximum(fu, fv)
     edge[(v <= shop) & ~below] = 9
-    grain = 1 + 0.05 * look.light.grain * noise(u, v, 9) + 0.04 * noise(u, v, 0.7)
-    colour = colour * (grain * (0.8 + 0.2 * np.minimum(v / 5, 1)))[:, None]
-    colour[(edge < 1.2) & (edge >= 1)] *= np.float32(1.16)
+    tone = (1 + 0.06 * look.light.grain * noise(u, v, 6)) * (0.8 + 0.2 * np.minimum(v / 5, 1))
+    colour = colour * (tone * np.where((edge < 1.2) & (edge >= 1), np.float32(1.16), 1))[:, None]
     board = below & (v > shop * 0.74) & (v < shop * 0.93)
     colour[board] = _board(hashed(seed)[board], look) * colour[board].mean(1, keepdims=True) * 1.5
     pane = np.flatnonzero((edge < 1) & ~((fu < 0.07) & ~below))
@@ -127,29 +180,29 @@ def _glass(draw: Floats, height: Floats, look: Look) -> Floats:
     return panes * (0.75 + 0.5 * draw + 0.25 * (1 - height))[:, None] + (draw > 0.82)[:, None] * WARM_LAMP
 
 
-def _masonry(colour: Floats, pixels: _Pixels, table: Surfaces, look: Look) -> Floats:
+def _masonry(colour: Floats, pixels: Pixels, table: Surfaces, look: Look) -> Floats:
     """Courses of bricks or slabs with joints; pattern: length and height of a stone, seed."""
     u, v = _facing(pixels, table)
     length, height, seed = (table.pattern[:, i][pixels.surface] for i in (0, 1, 5))
     row = np.floor(v / height)
-    shifted = u / length + 0.5 * (row % 2)
+    shifted = u / length + part(row / 2)
     column = np.floor(shifted)
     joint = (np.abs(v / height - row - 0.5) > 0.4) | (np.abs(shifted - column - 0.5) > 0.46)
     stone = fade(pixels.depth, 14) * (0.3 * (hashed(column, row, seed) - 0.5) - 0.22 * joint)
     return colour * (1 + stone + 0.06 * look.light.grain * noise(u, v, 5))[:, None]
 
 
-def _boards(colour: Floats, pixels: _Pixels, table: Surfaces, look: Look) -> Floats:
+def _boards(colour: Floats, pixels: Pixels, table: Surfaces, look: Look) -> Floats:
     """Upright boards with gaps (pattern 0: pitch), or crossing wires (pattern 1 = 2)."""
     u, v = _facing(pixels, table)
     pitch, mesh = table.pattern[:, 0][pixels.surface], table.pattern[:, 1][pixels.surface] == 2
-    wires = np.abs((u + v) / pitch % 2 - 1) * np.abs((u - v) / pitch % 2 - 1) < 0.5
-    gaps = np.abs(u / pitch % 1 - 0.5) > 0.4
+    wires = np.abs(part((u + v) / pitch / 2) - 0.5) * np.abs(part((u - v) / pitch / 2) - 0.5) < 0.125
+    gaps = np.abs(part(u / pitch) - 0.5) > 0.4
     dark = np.where(mesh, 0.45 * wires, 0.5 * gaps) * fade(pixels.depth, 25) * 1.2
     return colour * (1 - dark + 0.12 * (hashed(np.floor(u / pitch)) - 0.5))[:, None]
 
 
-def _leaves(colour: Floats, pixels: _Pixels, table: Surfaces, look: Look) -> Floats:
+def _leaves(colour: Floats, pixels: Pixels, table: Surfaces, look: Look) -> Floats:
     """Clumps of leaves: coarse and fine noise, darker below."""
     u, v = pixels.x + 0.6 * pixels.z, pixels.y
     fine = noise(u, v, 7) * fade(pixels.depth, 20)
@@ -165,17 +218,12 @@ SHADERS = {
 }
 
 
-def _sky(ray: list[Floats], look: Look, rng: np.random.Generator) -> Floats:
+def _sky(ray: list[Floats], paints: Paints) -> Floats:
     """A gradient from the horizon to the zenith with drifting clouds."""
-    palette = look.palette
-    tone = int(rng.integers(len(palette.zenith)))
-    zenith, horizon = palette.zenith[tone], palette.horizon[tone % len(palette.horizon)]
-    cloud = palette.cloud[int(rng.integers(len(palette.cloud)))]
-    cover, shift = np.float32(rng.uniform(*look.light.clouds)), rng.uniform(0, TILE, 2).astype(np.float32)
     x, y, z = ray
     up = np.clip(y / np.sqrt(x * x + z * z + 1e-6), 0, 1)
     height = 1 / (up + 0.15)
-    puff = noise(x * height + shift[0], height * 1.5 + shift[1], 70, CLOUDS)
-    amount = np.clip((puff - 1.3 + 2.6 * cover) * 0.6, 0, 1) * np.minimum(up * 5, 1) * 0.85
-    sky = horizon + (zenith - horizon) * np.minimum(up * 1.7, 1)[:, None]
-    return sky + (cloud - sky) * amount[:, None]
+    puff = noise(x * height + paints.drift[0], height * 1.5 + paints.drift[1], 70, CLOUDS)
+    amount = np.clip((puff - 1.3 + 2.6 * paints.cover) * 0.6, 0, 1) * np.minimum(up * 5, 1) * 0.85
+    sky = paints.horizon + (paints.zenith - paints.horizon) * np.minimum(up * 1.7, 1)[:, None]
+    return sky + (paints.cloud - sky) * amount[:, None]

@@ -3,17 +3,49 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import cache
+from itertools import pairwise
 from math import cos, pi, sin
 
 import numpy as np
+from numpy.typing import NDArray
 
 from udas.data.streets.camera import Floats
 from udas.data.streets.canvas import Canvas, Label, Layer, Material, Points
+from udas.data.streets.figures import pick
 from udas.data.streets.looks import Palette, rgb
 
 CORNERS = 12
-TYRE, RIM, UNDER = rgb("141416", "6e7074", "1e1e20")
-TAIL, HEAD, PLATE = rgb("c81e1e", "f4f0d8", "e8e4d0")
+SHADOW = np.full(3, 0.55, np.float32)
+
+Corner = tuple[float, float, float]
+Span = tuple[float, float]
+
+
+class Paint(IntEnum):
+    """What the parts of a vehicle are painted with."""
+
+    BODY = 0
+    GLASS = 1
+    TYRE = 2
+    RIM = 3
+    UNDERSIDE = 4
+    TAIL = 5
+    HEAD = 6
+    PLATE = 7
+
+
+FIXED = rgb("141416", "6e7074", "1e1e20", "c81e1e", "f4f0d8", "e8e4d0")  # from TYRE on
+
+
+@dataclass(frozen=True)
+class Part:
+    """A polygon, its paint and how light it is."""
+
+    corners: list[Corner]
+    paint: Paint
+    tone: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -81,34 +113,35 @@ def vehicle(
         place: x and z of its middle in metres.
         heading: degrees; 0 drives away from the camera, 180 towards it.
     """
-    body = np.clip(rng.choice(palette.vehicle) + rng.normal(0, palette.spread, 3), 0, 1).astype(np.float32)
-    glass = (rng.choice(palette.glass) * 0.7).astype(np.float32)
-    polygons, colours = _body(shape, body, glass)
+    body = pick(rng, palette.vehicle, palette.spread)
+    paints = np.concatenate([[body, pick(rng, palette.glass, 0.02) * 0.7], FIXED])
+    points, paint, tone = _model(shape)
     angle = heading * pi / 180
     turn = np.array([[cos(angle), 0, -sin(angle)], [0, 1, 0], [sin(angle), 0, cos(angle)]], np.float32)
     shift = np.array([place[0], 0, place[1]], np.float32)
-    canvas.add(
-        polygons @ turn + shift, colours, Label.VEHICLE, Layer.STREET, place[1], centre=shift + np.float32([0, 0.6, 0])
-    )
-    canvas.add(_shadow(shape) @ turn + shift, np.full(3, 0.55), Label.ROAD, Layer.SHADOW, place[1], Material.GROUND)
+    standing = points @ turn + shift
+    near = float(standing[..., 2].min())
+    centre = shift + np.array([0, 0.6, 0], np.float32)
+    canvas.add(standing, paints[paint] * tone[:, None], Label.VEHICLE, Layer.STREET, near, centre=centre)
+    canvas.add(_shadow(shape) @ turn + shift, SHADOW, Label.ROAD, Layer.SHADOW, place[1], Material.GROUND)
 
 
-def _pad(corners: list[tuple[float, float, float]]) -> list[tuple[float, float, float]]:
+def _pad(corners: list[Corner]) -> list[Corner]:
     return corners + corners[-1:] * (CORNERS - len(corners))
 
 
+@cache
 def _shadow(shape: Shape) -> Points:
     x, front, back = shape.width / 2 + 0.15, shape.profile[-1][0] + 0.2, shape.profile[0][0] - 0.2
     return np.array([_pad([(-x, 0, back), (x, 0, back), (x, 0, front), (-x, 0, front)])], np.float32)
 
 
-def _body(shape: Shape, body: Floats, glass: Floats) -> tuple[Points, Floats]:
-    """Polygons [N, CORNERS, 3] around the origin, looking along z, and their colours."""
-    parts = [*_wheels(shape), *_sections(shape, body, glass), *_sides(shape, body, glass), *_lights(shape)]
-    return np.array([_pad(corners) for corners, _ in parts], np.float32), np.array([c for _, c in parts], np.float32)
-
-
-Part = tuple[list[tuple[float, float, float]], Floats]
+@cache
+def _model(shape: Shape) -> tuple[Points, NDArray[np.int64], Floats]:
+    """Polygons [N, CORNERS, 3] around the origin, looking along z, with paint [N] and tone [N]."""
+    parts = [*_underside(shape), *_sections(shape), *_sides(shape), *_lights(shape)]
+    points = np.array([_pad(part.corners) for part in parts], np.float32)
+    return points, np.array([part.paint for part in parts]), np.array([part.tone for part in parts], np.float32)
 
 
 def _half(shape: Shape, up: float) -> float:
@@ -118,84 +151,85 @@ def _half(shape: Shape, up: float) -> float:
     return shape.width / 2 * (1 + (shape.roof - 1) * share)
 
 
-def _sections(shape: Shape, body: Floats, glass: Floats) -> list[Part]:
+def _sections(shape: Shape) -> list[Part]:
     """The strips across the body: boot, windows, roof, bonnet, bumpers."""
     parts: list[Part] = []
-    for index, ((z0, y0), (z1, y1)) in enumerate(zip(shape.profile, shape.profile[1:], strict=False)):
+    for index, ((z0, y0), (z1, y1)) in enumerate(pairwise(shape.profile)):
         a, b = _half(shape, y0), _half(shape, y1)
-        colour = body * (0.8 if index in (0, len(shape.profile) - 2) else 1.0)
-        parts.append(([(-a, y0, z0), (a, y0, z0), (b, y1, z1), (-b, y1, z1)], colour))
+        strip = [(-a, y0, z0), (a, y0, z0), (b, y1, z1), (-b, y1, z1)]
+        parts.append(Part(strip, Paint.BODY, 0.8 if index in (0, len(shape.profile) - 2) else 1.0))
         if index in shape.glass:
-            parts.append((_inset([(-a, y0, z0), (a, y0, z0), (b, y1, z1), (-b, y1, z1)], 0.12), glass))
+            parts.append(Part(_inset(strip, 0.12), Paint.GLASS))
     return parts
 
 
-def _inset(corners: list[tuple[float, float, float]], share: float) -> list[tuple[float, float, float]]:
+def _inset(corners: list[Corner], share: float) -> list[Corner]:
     points = np.array(corners)
-    return [tuple(corner) for corner in (points + (points.mean(0) - points) * share).tolist()]
+    return [(x, y, z) for x, y, z in (points + (points.mean(0) - points) * share).tolist()]
 
 
-def _sides(shape: Shape, body: Floats, glass: Floats) -> list[Part]:
+def _sides(shape: Shape) -> list[Part]:
     parts: list[Part] = []
+    low, back, front = shape.profile[0][1], shape.profile[0][0], shape.profile[-1][0]
     for side in (-1, 1):
-        parts.append(([(side * _half(shape, y), y, z) for z, y in shape.profile], body * 0.92))
-        parts.append(([(side * shape.width / 2, y, z) for z, y in _sill(shape)], body * 0.6))
-        parts.extend((window, glass) for window in _windows(shape, side))
-        parts.extend(_side_wheels(shape, side))
+        x = side * shape.width / 2
+        parts.append(Part([(side * _half(shape, y), y, z) for z, y in shape.profile], Paint.BODY, 0.92))
+        sill = [(x, low, back), (x, low, front), (x, low + 0.12, front), (x, low + 0.12, back)]
+        parts.append(Part(sill, Paint.BODY, 0.6))
+        parts.extend(Part(window, Paint.GLASS) for window in _windows(shape, side))
+        parts.extend(_wheels(shape, x + side * 0.02))
     return parts
 
 
-def _sill(shape: Shape) -> list[tuple[float, float]]:
-    low = shape.profile[0][1]
-    back, front = shape.profile[0][0], shape.profile[-1][0]
-    return [(back, low), (front, low), (front, low + 0.12), (back, low + 0.12)]
-
-
-def _windows(shape: Shape, side: int) -> list[list[tuple[float, float, float]]]:
+def _windows(shape: Shape, side: int) -> list[list[Corner]]:
     """Side windows between the belt and the roof, cut into bays that follow the slope of the pillars."""
-    above = [z for z, y in shape.profile if y > (shape.belt + max(y for _, y in shape.profile)) / 2]
-    at_belt = [z for z, y in shape.profile if abs(y - shape.belt) < 0.25]
-    if not shape.bays or len(at_belt) < 2:
+    roof = max(y for _, y in shape.profile)
+    above = [z for z, y in shape.profile if y > (shape.belt + roof) / 2]
+    belt = [z for z, y in shape.profile if abs(y - shape.belt) < 0.25]
+    if not shape.bays:
         return []
-    top, low = max(y for _, y in shape.profile) - 0.12, shape.belt + 0.04
-    tops = np.linspace(min(above) + 0.1, max(above) - 0.05, shape.bays + 1)
-    lows = np.linspace(max(min(at_belt) + 0.15, min(above) - 0.4), min(max(at_belt) - 0.2, max(above) + 0.5), shape.bays + 1)
+    top, low = roof - 0.12, shape.belt + 0.04
+    tops = np.linspace(min(above) + 0.1, max(above) - 0.05, shape.bays + 1).tolist()
+    start, stop = max(min(belt) + 0.15, min(above) - 0.4), min(max(belt) - 0.2, max(above) + 0.5)
+    lows = np.linspace(start, stop, shape.bays + 1).tolist()
     x0, x1 = side * (_half(shape, low) + 0.01), side * (_half(shape, top) + 0.01)
-    return [
-        [(x0, low, lows[i] + 0.05), (x0, low, lows[i + 1] - 0.05), (x1, top, tops[i + 1] - 0.05), (x1, top, tops[i] + 0.05)]
-        for i in range(shape.bays)
-    ]  # fmt: skip
+    bays = zip(lows, lows[1:], tops, tops[1:], strict=False)
+    return [[(x0, low, a + 0.05), (x0, low, b - 0.05), (x1, top, d - 0.05), (x1, top, c + 0.05)] for a, b, c, d in bays]
 
 
-def _side_wheels(shape: Shape, side: int) -> list[Part]:
-    x = side * (shape.width / 2 + 0.02)
-    rounds = [(radius, colour) for radius, colour in ((shape.wheel, TYRE), (shape.wheel * 0.55, RIM))]
-    angles = np.arange(CORNERS) * 2 * pi / CORNERS
+def _wheels(shape: Shape, x: float) -> list[Part]:
+    """Tyres and rims on the side at x."""
+    angles = (np.arange(CORNERS) * 2 * pi / CORNERS).tolist()
+    rounds = ((shape.wheel, Paint.TYRE), (shape.wheel * 0.55, Paint.RIM))
     return [
-        ([(x, shape.wheel + radius * sin(a), axle + radius * cos(a)) for a in angles], colour)
+        Part([(x, shape.wheel + radius * sin(a), axle + radius * cos(a)) for a in angles], paint)
         for axle in shape.axles
-        for radius, colour in rounds
+        for radius, paint in rounds
     ]
 
 
-def _wheels(shape: Shape) -> list[Part]:
+def _across(x: Span, y: Span, z: float) -> list[Corner]:
+    return [(x[0], y[0], z), (x[1], y[0], z), (x[1], y[1], z), (x[0], y[1], z)]
+
+
+def _underside(shape: Shape) -> list[Part]:
     """Tyres and the dark underside as seen from the front and from behind."""
     parts: list[Part] = []
+    low, half = shape.profile[0][1], shape.width / 2
     for z in (shape.profile[0][0] + 0.15, shape.profile[-1][0] - 0.15):
-        low, half = shape.profile[0][1], shape.width / 2
-        parts.append(([(-half, 0.18, z), (half, 0.18, z), (half, low + 0.1, z), (-half, low + 0.1, z)], UNDER))
+        parts.append(Part(_across((-half, half), (0.18, low + 0.1), z), Paint.UNDERSIDE))
         for x in (-half + 0.12, half - 0.12):
-            parts.append(([(x - 0.12, 0, z), (x + 0.12, 0, z), (x + 0.12, low + 0.1, z), (x - 0.12, low + 0.1, z)], TYRE))
+            parts.append(Part(_across((x - 0.12, x + 0.12), (0, low + 0.1), z), Paint.TYRE))
     return parts
 
 
 def _lights(shape: Shape) -> list[Part]:
     """Tail lights and head lights in the corners, and a number plate at either end."""
     parts: list[Part] = []
-    for end, colour, back in ((1, TAIL, -1), (-2, HEAD, 1)):
-        z, y = shape.profile[end]
-        half, z = shape.width / 2, z + back * 0.03
+    half = shape.width / 2
+    for end, paint, out in ((1, Paint.TAIL, -0.03), (-2, Paint.HEAD, 0.03)):
+        along, up = shape.profile[end]
         for x in (-half + 0.22, half - 0.22):
-            parts.append(([(x - 0.2, y, z), (x + 0.2, y, z), (x + 0.2, y + 0.2, z), (x - 0.2, y + 0.2, z)], colour))
-        parts.append(([(-0.26, y - 0.16, z), (0.26, y - 0.16, z), (0.26, y - 0.03, z), (-0.26, y - 0.03, z)], PLATE))
+            parts.append(Part(_across((x - 0.18, x + 0.18), (up, up + 0.2), along + out), paint))
+        parts.append(Part(_across((-0.26, 0.26), (up - 0.16, up - 0.03), along + out), Paint.PLATE))
     return parts
