@@ -219,9 +219,6 @@ def main() -> None:
     except UdasError as error:
         print(f"error: {error}", file=sys.stderr)  # noqa: T201
         raise SystemExit(1) from None
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from the last checkpoint", file=sys.stderr)  # noqa: T201
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

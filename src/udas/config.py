@@ -230,47 +230,54 @@ def validate(model: type[Model], raw: Any, where: str) -> Model:
     try:
         return model.model_validate(raw)
     except ValidationError as error:
-        lines = list(dict.fromkeys(_readable(model, error)))
+        lines = _readable(model, raw, error)
     count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
     raise ConfigError("\n".join([f"{where}: {count}", *(f"  {line}" for line in lines)]))
 
 
-def _readable(model: type[BaseModel], error: ValidationError) -> Iterator[str]:
+def _readable(model: type[BaseModel], raw: Any, error: ValidationError) -> list[str]:
+    """One line per problem; what the branches of a union say of one value is joined."""
+    messages: dict[str, list[str]] = {}
     for problem in error.errors():
-        place = [str(part) for part in problem["loc"] if not _is_branch(part)]
-        key = ".".join(place)
-        if problem["type"] == "extra_forbidden":
-            yield f"{key}: unknown key{nearest(place[-1], _siblings(model, problem['loc'][:-1]))}"
-        elif problem["type"] == "missing":
-            yield f"{key}: missing"
-        elif problem["type"] == "value_error":
-            yield f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
-        else:
-            yield f"{key}: {problem['msg']} (got {problem['input']!r:.60})"
+        place = _written(raw, problem["loc"], problem["type"] == "missing")
+        message = _message(model, place, problem["type"], problem)
+        messages.setdefault(".".join(place), []).append(message)
+    lines = []
+    for key, found in messages.items():
+        text = " or ".join(dict.fromkeys(found))
+        lines += [f"{key}: {text}"] if key else text.split("\n")
+    return lines
 
 
-def _is_branch(part: int | str) -> bool:
-    """Pydantic names the branch of a union in the place of an error; users do not write it."""
-    return isinstance(part, str) and ("[" in part or part[:1].isupper() or part in ("str", "int", "float"))
+def _message(model: type[BaseModel], place: list[str], kind: str, problem: Any) -> str:
+    if kind == "extra_forbidden":
+        return f"unknown key{nearest(place[-1], _siblings(model, place[:-1]))}"
+    if kind == "missing":
+        return "missing"
+    if kind == "value_error":
+        return str(problem["ctx"]["error"])
+    return f"{problem['msg'][:1].lower()}{problem['msg'][1:]} (got {problem['input']!r:.60})"
 
 
-def _siblings(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
-    """Field names of the model at `place`, found by walking annotations (unions and mappings included)."""
+def _written(raw: Any, location: tuple[int | str, ...], missing: bool) -> list[str]:
+    """The keys a user wrote on the way to a problem; pydantic also names the branches of unions there."""
+    place = []
+    for number, part in enumerate(location, 1):
+        known = part in raw if isinstance(raw, dict) else isinstance(raw, list) and isinstance(part, int)
+        if known:
+            raw = raw[part]
+        if known or (missing and number == len(location)):
+            place.append(str(part))
+    return place
+
+
+def _siblings(model: type[BaseModel], place: list[str]) -> list[str]:
+    """Field names of all models that can stand at `place`, found by walking annotations."""
     models: list[type[BaseModel]] = [model]
     for part in place:
-        if _is_branch(part):
-            continue
-        fields = [m.model_fields[str(part)].annotation for m in models if str(part) in m.model_fields]
-        tagged = [m for m in models if m.__name__ == part or _tag(m) == part]
-        models = tagged or [found for field in fields for found in _models_in(field)] or models
+        fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
+        models = [found for field in fields for found in _models_in(field)] or models
     return [name for m in models for name in m.model_fields]
-
-
-def _tag(model: type[BaseModel]) -> Any:
-    for key in ("name", "kind"):
-        if key in model.model_fields and get_args(model.model_fields[key].annotation):
-            return get_args(model.model_fields[key].annotation)[0]
-    return None
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -142,11 +142,11 @@ def test_size_resizes_both(root: Path) -> None:
 
 def test_resized_picture_is_antialiased(tmp_path: Path) -> None:
     stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
+    stripes[:, 3::8] = stripes[:, 4::8] = 255  # two bright columns of eight: all that plain bilinear would look at
     write(tmp_path / "images/1.png", stripes)
     layout = {"images": "images/*.png", "labels": None, "splits": {"train": "all"}}
     shrunk = opened(tmp_path, **layout, size=[8, 8]).unlabelled("train").image(0)
-    assert (shrunk.int() - 127).abs().max() < 10
+    assert shrunk.max() < 80
 
 
 def test_size_mismatch_names_both(root: Path) -> None:

@@ -31,7 +31,7 @@ class SupervisedConfig(MethodConfig):
 
 
 class Supervised(SegmentationMethod[SupervisedConfig]):
-    """Pixel cross-entropy: L = sum over streams k of w_k CE(f(x_k), y_k).
+    """Pixel cross-entropy on labels: L = sum over streams k of w_k CE(f(x_k), y_k).
 
     Source only, target labels, pseudo-labels, or several at once: the stage's streams decide.
     """

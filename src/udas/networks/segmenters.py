@@ -85,7 +85,8 @@ SEGMENTERS = {
     "fpn": _library("fpn"),
     "linknet": _library("linknet"),
     "manet": _library("manet"),
-    "pan": _library("pan", (16, 32), multiple=8),  # it halves the last features three times; batch 1 needs > 8 x stride pixels
+    # it halves the last features three times; one picture per step has to be larger than 8 x stride
+    "pan": _library("pan", (16, 32), multiple=8),
     "pspnet": _library("pspnet"),
     "segformer": _library("segformer"),
     "unet": _library("unet"),

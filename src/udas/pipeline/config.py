@@ -112,7 +112,7 @@ class RunConfig(Config):
     def _references(self) -> RunConfig:
         problems = list(_reference_problems(self.stages))
         if problems:
-            raise ValueError("\n  ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
 

@@ -41,7 +41,10 @@ def _methods() -> list[tuple[str, str]]:
 def _networks() -> list[tuple[str, str]]:
     from udas.networks.segmenters import SEGMENTERS
 
-    return [(name, text) for name, text in SEGMENTERS.items()]
+    return [
+        (name, f"output stride {' or '.join(map(str, recipe.strides))}; encoder: {recipe.encoder or 'any of timm'}")
+        for name, recipe in SEGMENTERS.items()
+    ]
 
 
 def _protocols() -> list[tuple[str, str]]:

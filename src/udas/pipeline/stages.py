@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from udas.data.batch import Stream
 from udas.data.dataset import PictureSet
@@ -102,6 +102,7 @@ def _score(
         protocol,
         runtime.device,
         folder,
+        context.config.data.val_split,
         progress=progress,
         rank=runtime.rank,
         world=runtime.world,
@@ -178,8 +179,14 @@ class Inference(nn.Module):
         super().__init__()
         self.model, self.runtime = model, runtime
 
-    def forward(self, image: torch.Tensor) -> torch.Tensor:
+    def forward(self, image: Tensor) -> Tensor:
         """RGB [B, 3, H, W] in [0, 1] -> whatever the network gives, in float32."""
         with self.runtime.autocast():
-            result: torch.Tensor = self.model(image.contiguous(memory_format=self.runtime.memory_format))
+            result: Tensor = self.model(image.contiguous(memory_format=self.runtime.memory_format))
         return result.float()
+
+    def levels(self, image: Tensor) -> tuple[Tensor, ...]:
+        """All outputs of a segmenter, main first."""
+        assert isinstance(self.model, Segmenter)
+        with self.runtime.autocast():
+            return self.model.levels(image.contiguous(memory_format=self.runtime.memory_format))

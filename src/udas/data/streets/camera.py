@@ -34,15 +34,15 @@ class Camera:
         scaled = view[:, :2] * (self.focal / view[:, 2:])
         return scaled + np.array([self.width / 2, self.height / 2], np.float32)
 
-    def grid(self, first: int, last: int) -> tuple[Floats, Floats]:
-        """Right [1, W] and down [N, 1] of the pixels in the rows from `first` to before `last`, at one metre of depth."""
+    def grid(self) -> tuple[Floats, Floats]:
+        """Right [1, W] and down [H, 1] of the pixels at one metre of depth."""
         columns = (np.arange(self.width, dtype=np.float32) + 0.5 - self.width / 2) / self.focal
-        rows = (np.arange(first, last, dtype=np.float32) + 0.5 - self.height / 2) / self.focal
+        rows = (np.arange(self.height, dtype=np.float32) + 0.5 - self.height / 2) / self.focal
         return columns[None, :], rows[:, None]
 
-    def rays(self, first: int, last: int) -> tuple[Floats, Floats, Floats]:
-        """World direction x, y, z of the pixels in some rows, each [N, W], for one metre of depth."""
-        columns, rows = self.grid(first, last)
+    def rays(self) -> tuple[Floats, Floats, Floats]:
+        """World direction x, y, z of every pixel, each [H, W], for one metre of depth."""
+        columns, rows = self.grid()
         right, down, forward = self.rotation
         x, y, z = (columns * right[axis] + (rows * down[axis] + forward[axis]) for axis in range(3))
         return x, y, z

@@ -133,44 +133,40 @@ class Canvas:
             [H, W] surface numbers of the camera's size, and the table they index.
         """
         self.patches.sort(key=lambda patch: patch.order)
-        points = np.concatenate([patch.points.reshape(-1, 3) for patch in self.patches]).astype(np.float32)
-        points[:, 0] += bend / 2 * points[:, 2] * np.abs(points[:, 2])
-        counts = np.concatenate([np.full(len(p.points), p.points.shape[1]) for p in self.patches])
-        starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-        normal = _normals(points, starts, counts)
-        origin = points[starts]
-        towards = ((camera.position - origin) * normal).sum(1)
-        hidden = self._hidden(normal, origin, towards, bend)
-        normal[towards < 0] *= -1
-        ids = _paint(camera, points, starts, counts, hidden)
-        return ids, self._surfaces(normal, origin, camera)
-
-    def _hidden(self, normal: Floats, origin: Floats, towards: Floats, bend: float) -> NDArray[np.bool_]:
-        """The far sides of closed bodies: their outside looks away from the camera."""
-        centres = np.stack([OPEN if patch.centre is None else patch.centre for patch in self.patches])
-        centres = np.repeat(centres, [len(patch.points) for patch in self.patches], axis=0)
-        centres[:, 0] += bend / 2 * centres[:, 2] * np.abs(centres[:, 2])
-        outwards = ((origin - centres) * normal).sum(1)
-        hidden: NDArray[np.bool_] = outwards * towards < 0
-        return hidden
-
-    def _surfaces(self, normal: Floats, origin: Floats, camera: Camera) -> Surfaces:
         sizes = [len(patch.points) for patch in self.patches]
+        points = np.concatenate([patch.points.reshape(-1, 3) for patch in self.patches])
+        points[:, 0] += bend / 2 * points[:, 2] * np.abs(points[:, 2])
+        counts = np.repeat([patch.points.shape[1] for patch in self.patches], sizes)
+        starts = np.cumsum(counts) - counts
+        normal, origin = _normals(points, starts, counts), points[starts]
+        towards = ((camera.position - origin) * normal).sum(1)
+        hidden = self._outwards(normal, origin, sizes, bend) * towards < 0
+        normal[towards < 0] *= -1
+        return _paint(camera, points, starts, counts, hidden), self._surfaces(normal, origin, sizes, camera)
+
+    def _outwards(self, normal: Floats, origin: Floats, sizes: list[int], bend: float) -> Floats:
+        """How far the normals of closed bodies lead outwards, [N]; NaN for all others."""
+        centres = [OPEN if patch.centre is None else patch.centre for patch in self.patches]
+        bodies = np.concatenate(centres).reshape(-1, 3)
+        bodies[:, 0] += bend / 2 * bodies[:, 2] * np.abs(bodies[:, 2])
+        outwards: Floats = ((origin - bodies.repeat(sizes, axis=0)) * normal).sum(1)
+        return outwards
+
+    def _surfaces(self, normal: Floats, origin: Floats, sizes: list[int], camera: Camera) -> Surfaces:
         up = np.array([[0, 0, 1], [0, 1, 0]], np.float32)  # the sky has no plane; the ground lies at y = 0
         normal = np.concatenate([up, normal])
         origin = np.concatenate([np.zeros((2, 3), np.float32), origin])
-        labels = [int(Label.SKY), int(Label.ROAD), *(int(patch.label) for patch in self.patches)]
-        materials = [int(Material.SKY), int(Material.GROUND), *(int(patch.material) for patch in self.patches)]
-        patterns = np.stack([NO_PATTERN, NO_PATTERN, *(patch.pattern for patch in self.patches)])
-        repeats = np.array([1, 1, *sizes])
+        labels = np.array([Label.SKY, Label.ROAD, *(patch.label for patch in self.patches)], np.uint8)
+        materials = np.array([Material.SKY, Material.GROUND, *(patch.material for patch in self.patches)], np.uint8)
+        patterns = np.concatenate([NO_PATTERN, NO_PATTERN, *(patch.pattern for patch in self.patches)]).reshape(-1, 6)
         return Surfaces(
             normal,
             ((origin - camera.position) * normal).sum(1),
             origin,
             np.concatenate([WHITE, WHITE, *(patch.colours for patch in self.patches)]),
-            np.repeat(patterns, repeats, axis=0),
-            np.repeat(np.array(labels, np.uint8), repeats),
-            np.repeat(np.array(materials, np.uint8), repeats),
+            patterns.repeat([1, 1, *sizes], axis=0),
+            labels.repeat([1, 1, *sizes]),
+            materials.repeat([1, 1, *sizes]),
         )
 
 
@@ -214,7 +210,7 @@ def _paint(
 
 def _sky_and_ground(camera: Camera) -> NDArray[np.int32]:
     """Surface 1 (ground) below the horizon, 0 (sky) above."""
-    return (camera.rays(0, camera.height)[1] < 0).astype(np.int32)
+    return (camera.rays()[1] < 0).astype(np.int32)
 
 
 def _clipped(camera: Camera, corners: Floats) -> list[float]:

@@ -11,13 +11,11 @@ from udas.data.streets.camera import Floats
 from udas.data.streets.canvas import Canvas
 from udas.data.streets.layout import draw_camera, draw_street, furnish
 from udas.data.streets.looks import LOOKS
-from udas.data.streets.sensor import Fog, draw_fog, in_fog, photograph
-from udas.data.streets.shading import Scene, make_scene, shade
+from udas.data.streets.sensor import draw_fog, in_fog, photograph
+from udas.data.streets.shading import make_scene, shade
 
 LookName = Literal["game", "camera"]
 Bytes = NDArray[np.uint8]
-
-BAND = 32  # rows shaded at a time, even
 
 
 def render(look: LookName, seed: int, index: int, size: tuple[int, int] = (128, 256)) -> tuple[Bytes, Bytes]:
@@ -41,16 +39,11 @@ def render(look: LookName, seed: int, index: int, size: tuple[int, int] = (128, 
     furnish(canvas, rng, style, street, slope)
     ids, surfaces = canvas.finish(camera, street.bend)
     scene, fog = make_scene(surfaces, camera, style, street, rng), draw_fog(rng, style)
-    bands = [_band(scene, ids[first : first + BAND], first, fog) for first in range(0, len(ids), BAND)]
-    colour, label = (np.concatenate(parts) for parts in zip(*bands, strict=True))
+    colour, label, depth = shade(scene, ids)
+    colour, label = _mean_of_four(in_fog(colour, depth, fog)), _most_of_four(label)
     if style.sensor is None:
         return (np.clip(colour, 0, 1) * 255).astype(np.uint8), label
     return photograph(colour, style.sensor, rng), label
-
-
-def _band(scene: Scene, ids: NDArray[np.int32], first: int, fog: Fog | None) -> tuple[Floats, Bytes]:
-    colour, label, depth = shade(scene, ids, first)
-    return _mean_of_four(in_fog(colour, depth, fog)), _most_of_four(label)
 
 
 def _mean_of_four(colour: Floats) -> Floats:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +13,7 @@ from PIL import Image, ImageFilter
 from udas.data.streets.camera import Floats
 from udas.data.streets.looks import Look, Sensor
 
+GRAIN = 512  # side of the noise tile, pixels
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
@@ -51,9 +53,22 @@ def photograph(colour: Floats, sensor: Sensor, rng: np.random.Generator) -> NDAr
     exposed = grey + (exposed - grey) * np.float32(rng.uniform(*sensor.saturation))
     image = Image.fromarray(_developed(exposed, rng.uniform(*sensor.gamma)))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*sensor.blur) * width / 256))
-    grain = rng.standard_normal((height, width, 3), np.float32) * np.float32(255 * rng.uniform(*sensor.noise))
+    grain = _grain(height, width, rng) * np.float32(255 * rng.uniform(*sensor.noise))
     noisy = np.clip(np.asarray(image, np.float32) + grain, 0, 255).astype(np.uint8)
     return _compressed(noisy, int(rng.integers(*sensor.jpeg)))
+
+
+@cache
+def _grain_tile() -> Floats:
+    return np.random.default_rng(11).standard_normal((GRAIN, GRAIN, 3), np.float32)
+
+
+def _grain(height: int, width: int, rng: np.random.Generator) -> Floats:
+    """Normal noise [H, W, 3]: a random cut of a tile that is drawn once, since drawing takes longer than rendering."""
+    top, left = rng.integers(GRAIN, size=2)
+    return _grain_tile().take(range(top, top + height), axis=0, mode="wrap").take(
+        range(left, left + width), axis=1, mode="wrap"
+    )
 
 
 def _developed(exposed: Floats, gamma: float) -> NDArray[np.uint8]:

@@ -73,24 +73,15 @@ def make_scene(table: Surfaces, camera: Camera, look: Look, street: Street, rng:
     return Scene(table, table.colour * _light(table, street)[:, None], camera, look, street, draw_paints(rng, look))
 
 
-def shade(scene: Scene, ids: NDArray[np.int32], first: int) -> tuple[Floats, NDArray[np.uint8], Floats]:
-    """Shade some rows of the picture; a few at a time stay in the processor's cache.
-
-    Args:
-        scene: what is there.
-        ids: [N, W] surface numbers.
-        first: the row that ids[0] is.
-
-    Returns:
-        Colour [N, W, 3] in [0, 1], class [N, W], depth [N, W] in metres.
-    """
+def shade(scene: Scene, ids: NDArray[np.int32]) -> tuple[Floats, NDArray[np.uint8], Floats]:
+    """Colour [H, W, 3] in [0, 1], class [H, W] and depth [H, W] in metres of every pixel; ids: [H, W] surfaces."""
     flat = ids.ravel().astype(np.int64)
     materials = scene.table.material.take(flat)
     order = np.argsort(materials, kind="stable")  # the pixels of a material side by side: slices, no masks
     stops = np.cumsum(np.bincount(materials, minlength=len(Material))).tolist()
-    depth = _depth(scene, ids, first)
+    depth = _depth(scene, ids)
     surface, far = flat.take(order), depth.take(order)
-    rays = [axis.ravel().take(order) for axis in scene.camera.rays(first, first + len(ids))]
+    rays = [axis.ravel().take(order) for axis in scene.camera.rays()]
     colour, label = scene.tint.take(surface, axis=0), scene.table.label.take(surface)
     for kind, start, stop in zip(Material, [0, *stops], stops, strict=False):
         rows = slice(start, stop)
@@ -110,11 +101,11 @@ def shade(scene: Scene, ids: NDArray[np.int32], first: int) -> tuple[Floats, NDA
     return image, label.take(place).reshape(ids.shape), far.take(place).reshape(ids.shape)
 
 
-def _depth(scene: Scene, ids: NDArray[np.int32], first: int) -> Floats:
-    """Depth [N * W]: for a plane, the inverse of a linear function of the pixel's place, normal . ray / offset."""
+def _depth(scene: Scene, ids: NDArray[np.int32]) -> Floats:
+    """Depth [H * W]: for a plane, the inverse of a linear function of the pixel's place, normal . ray / offset."""
     table, camera = scene.table, scene.camera
     slope = (table.normal @ camera.rotation.T) / np.where(np.abs(table.offset) < 1e-6, 1e-6, table.offset)[:, None]
-    columns, rows = camera.grid(first, first + len(ids))
+    columns, rows = camera.grid()
     right, down, forward = (np.ascontiguousarray(slope[:, axis], np.float32) for axis in range(3))
     inverse = right.take(ids) * columns
     inverse += down.take(ids) * rows
