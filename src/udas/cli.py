@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from udas.errors import UdasError
+
+if TYPE_CHECKING:
+    from udas.data.dataset import Domain
+    from udas.pipeline.config import RunConfig
+    from udas.training.runtime import Runtime
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,13 +22,15 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Train segmentation networks for real pictures from synthetic labels and a few real ones.
 
-    Begin with [bold]udas demo[/bold] (no data needed). Then describe your data in YAML, let [bold]udas check[/bold] read
-    it once, look at [bold]udas run FILE --plan[/bold], and run it. A run that was stopped goes on with the same command.
+    Begin with [bold]udas demo[/bold] (no data needed). Then describe your data in YAML, let [bold]udas check[/bold]
+    read it once, look at [bold]udas run FILE --plan[/bold], and run it. A run that was stopped goes on with the same
+    command.
     """,
 )
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Changes to the file, as key=value: seed=1 stages.teacher.training.steps=3000")
+    list[str] | None,
+    typer.Argument(help="Changes to the file, as key=value: seed=1 stages.teacher.training.steps=3000"),
 ]
 Data = Annotated[str, typer.Argument(help="A data preset (`udas list data`) or a YAML file.")]
 Root = Annotated[str | None, typer.Option(help="Folder of the data set, instead of the one in the preset.")]
@@ -33,7 +40,10 @@ Model = Annotated[Path, typer.Argument(help="model.safetensors of a finished tra
 
 
 @app.command(rich_help_panel="Begin here")
-def demo(out: Out = Path("runs/demo"), plan: Annotated[bool, typer.Option(help="Only show what would be done.")] = False) -> None:
+def demo(
+    out: Out = Path("runs/demo"),
+    plan: Annotated[bool, typer.Option("--plan", help="Only show what would be done.")] = False,
+) -> None:
     """The whole chain on the embedded street world: CPU only, no downloads, a few minutes, a table and a report."""
     _run("demo", [f"data.{domain}.root={out / 'data' / domain}" for domain in ("source", "target")], out, plan)
 
@@ -47,7 +57,8 @@ def check(
 ) -> None:
     """Read a data set once: class histograms, unmapped values, sizes, unreadable files, overlap of splits.
 
-    Only labels that the data set grants (`labelled`) and those of val and test splits are opened. Exit code 1 when there is a problem.
+    Only labels that the data set grants (`labelled`) and those of val and test splits are opened. Exit code 1 when
+    there is a problem.
     """
     from udas.data.check import check_domain
     from udas.pipeline.console import print_check
@@ -56,21 +67,27 @@ def check(
     domain = _domain(data, root, taxonomy)
     splits = split or list(domain.config.splits)
     with Bar(f"check {domain.config.name}", 1, unit="pictures") as bar:
-        report = check_domain(domain, splits, bar)
-    print_check(report, domain.taxonomy)
+        report = check_domain(domain, splits, bar, grants={name: "all" for name in splits if name in ("val", "test")})
+    print_check(report)
     raise typer.Exit(0 if report.ok else 1)
 
 
 @app.command(rich_help_panel="Begin here")
-def prepare(config: Annotated[str, typer.Argument(help="Run file or preset.")], overrides: Overrides = None, out: Out = Path("runs")) -> None:
+def prepare(
+    config: Annotated[str, typer.Argument(help="Run file (.yaml) or a preset (`udas list runs`).")],
+    overrides: Overrides = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/NAME if not given.")] = None,
+) -> None:
     """Decode and resize every picture of a run once, into a memory-mapped cache beside the run.
 
     The run then reads the cache (set `cache: true` in the file, or `cache=true` behind the command).
     """
+    from rich.console import Console
+
     from udas.pipeline.run import prepare_cache
 
     settings = _load(config, [*(overrides or []), "cache=true"])
-    prepare_cache(settings, out / settings.name, _runtime(settings))
+    prepare_cache(settings, out or Path("runs") / settings.name, _runtime(settings), Console())
 
 
 @app.command(rich_help_panel="Train")
@@ -78,7 +95,9 @@ def run(
     config: Annotated[str, typer.Argument(help="Run file (.yaml) or a preset (`udas list runs`).")],
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/NAME if not given.")] = None,
-    plan: Annotated[bool, typer.Option("--plan", help="Show what would be done, why, and its time and disk; do nothing.")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="Show what would be done, why, and its time and disk; do nothing.")
+    ] = False,
 ) -> None:
     """Carry out a chain of stages; what is finished is kept, what was stopped goes on.
 
@@ -93,7 +112,9 @@ def evaluate(
     data: Data,
     root: Root = None,
     split: Annotated[str, typer.Option(help="Labelled split to score on.")] = "val",
-    protocol: Annotated[str, typer.Option(help="How pictures are shown and compared (`udas list protocols`).")] = "whole",
+    protocol: Annotated[
+        str, typer.Option(help="How pictures are shown and compared (`udas list protocols`).")
+    ] = "whole",
     out: Out = Path("evaluation"),
 ) -> None:
     """Score a network: per-class IoU, mIoU with its bootstrap interval, pixel accuracy."""
@@ -134,7 +155,9 @@ def label(
 @app.command(rich_help_panel="Look")
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Run folders; several are shown side by side.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML file; report.html in the first run if not given.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="HTML file; report.html in the first run if not given.")
+    ] = None,
 ) -> None:
     """Write one self-contained HTML file: table, curves, confusion, and the same pictures through every stage."""
     from udas.pipeline.run import write_results
@@ -143,7 +166,9 @@ def report(
     for folder in runs:
         if not (folder / "run.yaml").exists():
             raise UdasError(f"{folder}: not a run folder (it has no run.yaml)")
-    print(write_results(runs[0]) if out is None and len(runs) == 1 else write_report(runs, out or runs[0] / "report.html"))  # noqa: T201
+    print(
+        write_results(runs[0]) if out is None and len(runs) == 1 else write_report(runs, out or runs[0] / "report.html")
+    )
 
 
 @app.command("list", rich_help_panel="Look")
@@ -163,7 +188,7 @@ def schema() -> None:
 
     from udas.pipeline.config import RunConfig
 
-    print(json.dumps(RunConfig.model_json_schema(), indent=2))  # noqa: T201
+    print(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
 @app.command(rich_help_panel="Look")
@@ -177,19 +202,19 @@ def doctor() -> None:
 # ------------------------------------------------------------------------------------------------------- helpers
 
 
-def _load(config: str, overrides: list[str]):  # noqa: ANN202  # a type would import torch
+def _load(config: str, overrides: list[str]) -> RunConfig:
     from udas.pipeline.config import load_run
 
     return load_run(config, overrides)
 
 
-def _runtime(settings):  # noqa: ANN001, ANN202
+def _runtime(settings: RunConfig) -> Runtime:
     from udas.training.runtime import Runtime
 
     return Runtime.start(settings.runtime)
 
 
-def _domain(data: str, root: str | None, taxonomy: str):  # noqa: ANN202
+def _domain(data: str, root: str | None, taxonomy: str) -> Domain:
     from udas.pipeline.single import open_domain
 
     return open_domain(data, root, taxonomy)
@@ -217,7 +242,7 @@ def main() -> None:
     try:
         app()
     except UdasError as error:
-        print(f"error: {error}", file=sys.stderr)  # noqa: T201
+        print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

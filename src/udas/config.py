@@ -71,7 +71,9 @@ class DomainConfig(Config):
     name: str = Field(description="short name, used in tables and pictures")
     root: str = Field(description="folder of the data set; ${VARIABLE} is taken from the environment")
     images: str = Field(description="pattern below the root: {split}, *, **, and {fields} that labels can use again")
-    labels: str | None = Field(None, description="pattern of the label file: {split}, {stem}, ** and fields of `images`")
+    labels: str | None = Field(
+        None, description="pattern of the label file: {split}, {stem}, ** and fields of `images`"
+    )
     splits: dict[str, str | ListSplit | ShareSplit] = Field(description="what {split} stands for, a list, or a share")
     labelled: Labelled = Field("none", description="all, none, a list file, or {count, seed}")
     taxonomy: str = Field(description="label space that `map` leads to: a name (`udas list`) or a YAML file")
@@ -226,7 +228,11 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def validate(model: type[Model], raw: Any, where: str) -> Model:
-    """Build `model` from `raw`. Raises `ConfigError` that lists every problem, one line each, nearest names included."""
+    """Build `model` from `raw`.
+
+    Raises:
+        ConfigError: lists every problem, one line each, nearest names included.
+    """
     try:
         return model.model_validate(raw)
     except ValidationError as error:

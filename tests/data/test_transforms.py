@@ -141,7 +141,7 @@ def test_zooming_in_enlarges_every_pixel():
 
 
 def test_zooming_out_averages_instead_of_skipping():
-    stripes = (torch.arange(64) // 2 % 2 * 255).to(torch.uint8).expand(3, 64, -1).contiguous()
+    stripes = ((torch.arange(64) + 1) // 2 % 2 * 255).to(torch.uint8).expand(3, 64, -1).contiguous()
     picture = augment(stripes, None, None, settled(scale=(0.25, 0.25), crop=(16, 16)), generator())[0]
     assert (picture[:, :, 2:-2] - 0.5).abs().max() < 0.1
 
@@ -169,12 +169,12 @@ def test_half_of_the_pictures_are_mirrored():
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation", "hue"])
 def test_colours_follow_torchvision(name):
-    image, adjust = noise(20, 30), getattr(F, f"adjust_{name}")
+    image, adjust = noise(8, 12), getattr(F, f"adjust_{name}")
     neutral, spread = (0.0, 0.3) if name == "hue" else (1.0, 0.6)
     factors = []
     for seed in range(40):
         changed = augment(image, None, None, settled(**{name: spread}), generator(seed))[0]
-        tried = torch.linspace(neutral - spread, neutral + spread, 241).tolist()
+        tried = torch.linspace(neutral - spread, neutral + spread, 121).tolist()
         errors = [(adjust(image / 255, factor) - changed).abs().max().item() for factor in tried]
         factors.append(tried[int(np.argmin(errors))])
         assert min(errors) < 0.02, "no factor of the range explains the picture"
@@ -190,8 +190,8 @@ def test_colours_change_before_the_padding():
 
 
 def test_values_do_not_depend_on_the_number_of_threads():
-    image, label = noise(300, 400), noise(300, 400, 1)[0]
-    config = AugmentConfig(scale=(0.8, 1.7), crop=(256, 320), brightness=0.4, contrast=0.4, saturation=0.4, hue=0.1)
+    image, label = noise(700, 900), noise(700, 900, 1)[0]
+    config = AugmentConfig(scale=(0.9, 1.3), crop=(640, 800), brightness=0.4, contrast=0.4, saturation=0.4)
     threads = torch.get_num_threads()
     try:
         results = []

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from udas.data.dataset import PictureSet
 from udas.errors import DataError, RunError
+from udas.storage import write_atomically
 
 Progress = Callable[[int, int], None]
 """Called with (pictures done, pictures in all)."""
@@ -126,8 +127,8 @@ def _write(part: _Part, file: Path) -> Iterator[int]:
     shape = tuple(part.read(part.indices[0]).shape)
     _prepare(file.parent, len(part.indices) * math.prod(shape))
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(part.indices), *shape)}
-    with _atomic(file.with_suffix(".json")) as target:
-        target.write(json.dumps(header | {"domain": part.pictures.domain, "names": part.names}).encode())
+    index = header | {"domain": part.pictures.domain, "names": part.names}
+    write_atomically(file.with_suffix(".json"), json.dumps(index).encode())
     with _atomic(file) as target:
         np.lib.format.write_array_header_1_0(target, header)
         for row, value in enumerate(_read_ahead(part)):

@@ -95,7 +95,10 @@ class Method(nn.Module, ABC, Generic[C]):
         self.engine: Engine | None = None
 
     def update(self, name: str) -> AbstractContextManager[Minimise]:
-        """One step of optimiser `name` on the sum of what is minimised inside: `with self.update("critic") as minimise`."""
+        """One step of optimiser `name` on the sum of what is minimised inside.
+
+        Use: `with self.update("critic") as minimise: minimise(loss, "term")`.
+        """
         assert self.engine is not None, "a method steps only inside a training loop"
         return self.engine.update(name)
 

@@ -24,7 +24,9 @@ class SupervisedConfig(MethodConfig):
     weights: dict[Stream, float] = Field(default_factory=dict, description="weight of a stream's loss; 1 if not named")
     class_weights: dict[str, float] = Field(default_factory=dict, description="w_c of a class by name; 1 if not named")
     hard_share: Share = Field(1.0, description="share of hardest pixels that count (OHEM); 1 = all")
-    auxiliary: float = Field(0.1, ge=0, description="weight of the loss on auxiliary outputs, where the network has them")
+    auxiliary: float = Field(
+        0.1, ge=0, description="weight of the loss on auxiliary outputs, where the network has them"
+    )
     confidence: bool = Field(False, description="weight pseudo-labels by their confidence")
     strong: bool = Field(False, description="strong colour augmentation of the pseudo-labelled pictures, on the device")
     average: float | None = Field(None, gt=0, lt=1, description="decay of the running average of weights that is kept")
@@ -41,6 +43,7 @@ class Supervised(SegmentationMethod[SupervisedConfig]):
 
     def __init__(self, config: SupervisedConfig, task: Task) -> None:
         super().__init__(config, task, config.average)
+        self.class_weight: Tensor
         self.register_buffer("class_weight", class_weights(config.class_weights, task))
 
     def optimised(self) -> dict[str, Optimised]:

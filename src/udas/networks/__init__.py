@@ -1,0 +1,1 @@
+"""Segmenters, discriminators, generators, and where their weights come from."""

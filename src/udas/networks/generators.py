@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from udas.config import Config, validate
 from udas.errors import DataError, WeightsError
 from udas.networks.discriminators import full_precision, init_gan
+from udas.storage import write_atomically
 
 STRIDE = 4  # two halvings; the sides of a generator's input are multiples of this
 SMALLEST = 8  # below, the innermost features have a side of 1 and cannot be reflected
@@ -97,12 +97,14 @@ class Translator(nn.Module):
 
 
 def save_translator(path: Path, translator: Translator) -> None:
-    """Write weights (safetensors, float32) with the generator's settings in the header; replaces `path` in one move."""
+    """Write weights (safetensors, float32) with the generator's settings in the header; replaces `path` in one move.
+
+    Raises:
+        RunError: when the file cannot be written.
+    """
     state = {name: value.float().cpu().contiguous() for name, value in translator.generator.state_dict().items()}
     metadata = {"format": FORMAT, "generator": translator.generator.config.model_dump_json()}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(save(state, metadata))
-    temporary.replace(path)
+    write_atomically(path, save(state, metadata))
 
 
 def load_translator(path: Path) -> Translator:

@@ -6,7 +6,7 @@ import copy
 from functools import reduce
 from operator import or_
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,7 @@ from udas.config import (
     Config,
     DomainConfig,
     Labelled,
+    MethodConfig,
     NetworkConfig,
     find_yaml,
     nearest,
@@ -30,11 +31,12 @@ from udas.pipeline.label import LabelConfig
 from udas.training.loop import LoggingConfig, TrainingConfig
 from udas.training.runtime import RuntimeConfig
 
-MethodSettings = Annotated[
-    reduce(or_, [load_method(name).settings for name in METHODS]),  # type: ignore[valid-type]
-    Field(discriminator="name"),
-]
-
+if TYPE_CHECKING:
+    MethodSettings = MethodConfig
+else:
+    MethodSettings = Annotated[
+        reduce(or_, [load_method(name).settings for name in METHODS]), Field(discriminator="name")
+    ]
 
 WHOLE = ProtocolConfig.model_validate("whole")
 
@@ -133,7 +135,9 @@ def _reference_problems(stages: dict[str, Any]) -> list[str]:
             choices = [n for n, kind in earlier.items() if kind == REFERENCES[role]]
             if other not in choices:
                 place = f"stages.{name}.{role}"
-                problems.append(f"{place}: {other!r} is not an earlier {REFERENCES[role]} stage{nearest(other, choices)}")
+                problems.append(
+                    f"{place}: {other!r} is not an earlier {REFERENCES[role]} stage{nearest(other, choices)}"
+                )
         earlier[name] = stage.kind
     return problems
 
@@ -160,7 +164,7 @@ def expand(raw: dict[str, Any]) -> dict[str, Any]:
     and train stages, and an evaluation behind every train stage that has a segmentation network.
     """
     raw = copy.deepcopy(raw)
-    defaults = {key: raw.pop(key) for key in ("network", "training") if key in raw}
+    defaults: dict[str, Any] = {key: raw.pop(key) for key in ("network", "training") if key in raw}
     data = raw.get("data")
     if isinstance(data, dict):
         raw["data"] = data | {key: domain_settings(data[key]) for key in ("source", "target") if data.get(key)}

@@ -8,8 +8,35 @@ from rich.console import Console
 from rich.table import Table
 
 from udas.config import find_yaml, nearest, preset_names, read_yaml
+from udas.data.check import Report, SplitReport
 from udas.errors import ConfigError
 from udas.names import METHODS, load_method
+
+
+def print_check(report: Report) -> None:
+    """One table of what each split holds, then every problem on a line of its own."""
+    console = Console()
+    table = Table("", *report.splits, title=f"{report.domain}: share of labelled pixels in per cent")
+    splits = report.splits.values()
+    table.add_row("pictures", *(str(split.pictures) for split in splits))
+    table.add_row("with labels", *(str(split.labelled) for split in splits))
+    table.add_row("sizes (height x width)", *(_sizes(split) for split in splits))
+    table.add_section()
+    totals = [max(sum(split.histogram.values()), 1) for split in splits]
+    for name in next(iter(splits)).histogram:
+        shares = [split.histogram[name] / total for split, total in zip(splits, totals, strict=True)]
+        table.add_row(name, *(f"{share:6.2%}  {'█' * round(20 * share)}" for share in shares))
+    table.add_row("ignored pixels", *(str(split.ignored) for split in splits))
+    console.print(table)
+    for problem in report.problems:
+        console.print(f"problem: {problem}", style="red", markup=False, highlight=False)
+    console.print("no problems" if report.ok else f"{len(report.problems)} problems", style="bold")
+
+
+def _sizes(split: SplitReport) -> str:
+    common = [f"{height} x {width}" for (height, width), _ in split.sizes.most_common(2)]
+    more = len(split.sizes) - len(common)
+    return ", ".join(common) + (f" and {more} more" if more > 0 else "")
 
 
 def print_names(what: str | None) -> None:

@@ -31,7 +31,7 @@ def estimate(context: Context, name: str, stage: AnyStage) -> tuple[float | None
 def _training(context: Context, name: str, stage: TrainStage) -> tuple[float, float]:
     network = stage.network.model_copy(update={"weights": None})
     probe = stage.model_copy(update={"network": network, "start": None})
-    method = build_method(context, name, probe).to(context.runtime.device, memory_format=context.runtime.memory_format)
+    method = context.runtime.place(build_method(context, name, probe))
     engine = TrainingEngine(method, context.runtime, stage.training.steps)
     batch = _random_batch(context, name, stage).to(context.runtime.device, context.runtime.memory_format)
     for step in range(TIMED + 1):

@@ -6,6 +6,7 @@ import fcntl
 import json
 import platform
 import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from udas import __version__
+from udas.data.batch import Stream
 from udas.errors import RunError
 from udas.evaluation.table import save_tables
 from udas.pipeline import stages
@@ -26,7 +28,7 @@ from udas.pipeline.context import Context
 from udas.pipeline.estimate import estimate
 from udas.pipeline.plan import Action, Planned, plan, read_manifest
 from udas.reporting.html import write_report
-from udas.storage import write_atomically
+from udas.storage import remove_leftovers, write_atomically
 from udas.training.runtime import Runtime
 
 RUNNERS: dict[str, Any] = {
@@ -48,6 +50,7 @@ def run(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> 
         planned = plan(Context(config.model_copy(update={"cache": False}), folder, runtime))
         runtime.barrier()  # nobody changes a manifest before all have read it
         if runtime.main:
+            remove_leftovers(folder)
             content = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
             write_atomically(folder / "run.yaml", content.encode())
         for number, item in enumerate(planned, 1):
@@ -56,6 +59,19 @@ def run(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> 
             if item.action != Action.REUSE:
                 _carry_out(context, item)
         return write_results(folder) if runtime.main else folder / "report.html"
+
+
+def prepare_cache(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> None:
+    """Decode and resize every picture and every granted label of a run into `folder`/cache."""
+    context = Context(config, folder, runtime)
+    sets = [context.unlabelled, context.validation]
+    for stage in config.stages.values():
+        if stage.kind == "train" and Stream.LABELLED in context.streams("", stage):
+            sets.append(context.labelled(stage))
+    if config.data.source is not None:
+        sets.append(context.source_pictures)
+    size = sum(path.stat().st_size for path in (folder / "cache").glob("*.npy"))
+    console.print(f"{sum(len(s) for s in sets if s)} pictures, {_size(size)} in {folder / 'cache'}")
 
 
 def write_results(folder: Path) -> Path:
@@ -144,10 +160,28 @@ def _manifest(context: Context, item: Planned) -> dict[str, Any]:
         "fingerprint": item.fingerprint,
         "uses": uses(stage),
         "machine": context.runtime.describe(),
-        "versions": {"udas": __version__, "python": platform.python_version(), "torch": version("torch")},
+        "versions": _versions(),
         "method": method,
         "steps": stage.training.steps if stage.kind == "train" else None,
     }
+
+
+def _versions() -> dict[str, str | None]:
+    return {
+        "udas": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+    }
+
+
+def _commit() -> str | None:
+    """The commit of a source checkout, `-dirty` when files differ from it; None for an installed package."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _move_aside(folder: Path) -> None:
@@ -170,10 +204,13 @@ def _locked(folder: Path, runtime: Runtime) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / ".lock").open("w")
     except OSError as error:
-        raise RunError(f"{folder}: the output folder cannot be written ({error.strerror}); choose another with --out") from error
+        raise RunError(
+            f"{folder}: the output folder cannot be written ({error.strerror}); choose another with --out"
+        ) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # not flock: loader workers inherit it and hold it for seconds after their parent was killed
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(f"{folder}: another udas process is running in this folder") from None
         yield

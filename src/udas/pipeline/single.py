@@ -35,7 +35,9 @@ def evaluate_model(model: Path, data: str, root: str | None, split: str, protoco
     settings = validate(ProtocolConfig, {"preset": protocol}, "protocol")
     pictures = open_domain(data, root, taxonomy).labelled(split, "all")
     with Bar("evaluate", len(pictures), unit="pictures") as bar:
-        result = evaluate(placed(segmenter, runtime), pictures, taxonomy, settings, runtime.device, out, split, progress=bar)
+        result = evaluate(
+            placed(segmenter, runtime), pictures, taxonomy, settings, runtime.device, out, split, progress=bar
+        )
     Console().print(table([(model.parent.name, result.summary())]), markup=False, highlight=False)
 
 

@@ -87,7 +87,7 @@ def run_evaluate(context: Context, name: str, stage: EvaluateStage, folder: Path
 def _print_score(folder: Path, title: str) -> None:
     scores = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     low, high = scores["interval"]
-    print(f"  {title}: mIoU {100 * scores['miou']:.1f} ({100 * low:.1f} to {100 * high:.1f})")  # noqa: T201
+    print(f"  {title}: mIoU {100 * scores['miou']:.1f} ({100 * low:.1f} to {100 * high:.1f})")
 
 
 def _score(
@@ -169,7 +169,7 @@ def load_trained(context: Context, stage: str) -> Segmenter:
 
 def placed(model: nn.Module, runtime: Runtime) -> nn.Module:
     """The model on the run's device, ready for inference in its precision."""
-    return Inference(model.to(runtime.device, memory_format=runtime.memory_format), runtime).eval()
+    return Inference(runtime.place(model), runtime).eval()
 
 
 class Inference(nn.Module):

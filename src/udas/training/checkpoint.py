@@ -50,8 +50,10 @@ def load_checkpoint(path: Path, method: Method[Any], engine: TrainingEngine) -> 
     if tuple(meta["classes"]) != method.task.taxonomy.classes:
         raise RunError(f"{path}: checkpoint of another label space ({', '.join(meta['classes'])})")
     own = {name.removeprefix("method/"): t for name, t in tensors.items() if name.startswith("method/")}
-    _check_shapes(path, method.state_dict(), own)
-    method.load_state_dict(own)
+    try:
+        method.load_state_dict(own)
+    except RuntimeError:
+        raise RunError(_difference(path, method.state_dict(), own)) from None
     prefix = "optimiser/"
     engine.load({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}, meta["optimiser"])
     return Progress(**meta["progress"])
@@ -62,17 +64,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["udas"])  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise RunError(f"{path}: not a checkpoint of udas, or a broken one ({error}); delete it to start again") from None
+        raise RunError(
+            f"{path}: not a checkpoint of udas, or a broken one ({error}); delete it to start again"
+        ) from None
 
 
-def _check_shapes(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+def _difference(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:
     wrong = [name for name in expected.keys() | found.keys() if _shape(expected, name) != _shape(found, name)]
-    if wrong:
-        shown = ", ".join(f"{name}: {_shape(found, name)} -> {_shape(expected, name)}" for name in sorted(wrong)[:3])
-        raise RunError(f"{path}: checkpoint of another network; {len(wrong)} tensors differ, such as {shown}")
+    shown = ", ".join(f"{name}: {_shape(found, name)} -> {_shape(expected, name)}" for name in sorted(wrong)[:3])
+    return f"{path}: checkpoint of another network; {len(wrong)} tensors differ, such as {shown}"
 
 
 def _shape(tensors: dict[str, Tensor], name: str) -> tuple[int, ...] | None:
     return tuple(tensors[name].shape) if name in tensors else None
-
-

@@ -44,8 +44,8 @@ class TrainingEngine:
         updater = self.updaters[name]
         updater.optimiser.zero_grad(set_to_none=True)
 
-        def minimise(loss: Tensor, term: str) -> None:
-            self._record(term, loss.detach())
+        def minimise(loss: Tensor, name: str) -> None:
+            self._record(name, loss.detach())
             with torch.autocast(self.runtime.device.type, enabled=False):
                 torch.autograd.backward(loss, inputs=updater.parameters)
 
@@ -54,8 +54,12 @@ class TrainingEngine:
         self._note_failure()
 
     def take_losses(self) -> dict[str, float]:
-        """Mean of every term since the last call. Syncs with the device."""
-        means = {name: float(total) / self.logged_steps for name, total in self.losses.items()}
+        """Mean of every term since the last call, over all processes. Syncs with the device and the processes."""
+        if not self.losses:
+            return {}
+        totals = torch.stack([total.float() for total in self.losses.values()])
+        self.runtime.average(totals)
+        means = dict(zip(self.losses, (totals / self.logged_steps).tolist(), strict=True))
         self.losses, self.logged_steps = {}, 0
         return means
 
@@ -134,7 +138,7 @@ class _Updater:
         flat = torch.cat([frozen.view(1), *(g.flatten() for g in gradients)])
         self.runtime.average(flat)
         frozen.copy_(flat[0] > 0)
-        parts = flat[1:].split([g.numel() for g in gradients])
+        parts = torch.split(flat[1:], [g.numel() for g in gradients])
         for gradient, part in zip(gradients, parts, strict=True):
             gradient.copy_(part.view_as(gradient))
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from udas.errors import RunError
+from udas.storage import write_atomically
 
 
 class TrainingLog:
@@ -81,7 +82,7 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 def _keep_until(path: Path, step: int) -> None:
     kept = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= step]
     if path.exists():
-        path.write_text("".join(kept), encoding="utf-8")
+        write_atomically(path, "".join(kept).encode())
 
 
 class Bar:
@@ -105,7 +106,9 @@ class Bar:
         self.progress.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.progress.stop()
 
     def __call__(self, done: int, total: int, note: str | None = None) -> None:

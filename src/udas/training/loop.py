@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from pydantic import Field
+from timm.layers import convert_sync_batchnorm
 from torch import nn
 
 from udas.config import AugmentConfig, Config
@@ -53,6 +54,14 @@ class LoggingConfig(Config):
     preview_every: int = Field(0, ge=0, description="steps between preview pictures; 0 = never")
 
 
+def _placed(method: Method[Any], runtime: Runtime) -> Method[Any]:
+    """The method on the run's device; with several GPUs, batch norms see the pictures of all of them."""
+    runtime.place(method)
+    if runtime.world > 1 and runtime.device.type == "cuda":  # PyTorch has no synchronised batch norm on CPUs
+        convert_sync_batchnorm(method)
+    return method
+
+
 class Training:
     """One training of one method: resumes from its last checkpoint and ends bit-identical to one never stopped."""
 
@@ -66,7 +75,7 @@ class Training:
         seed: int,
         validate: Validate | None = None,
     ) -> None:
-        self.method = method.to(runtime.device, memory_format=runtime.memory_format)
+        self.method = _placed(method, runtime)
         self.config, self.logging, self.folder, self.runtime, self.seed = config, logging, folder, runtime, seed
         self.validate = validate
         self.engine = TrainingEngine(self.method, runtime, config.steps)
@@ -120,10 +129,16 @@ class Training:
     def _tell(self, log: TrainingLog | None, bar: Bar, batch: Batch, rate: float) -> None:
         """Log, validate, preview and save when it is time; always at the last step."""
         done = self.progress.step
-        if self._due(self.logging.every) or self._due(self.logging.checkpoint_every) or self.runtime.device.type == "cpu":
+        if (
+            self._due(self.logging.every)
+            or self._due(self.logging.checkpoint_every)
+            or self.runtime.device.type == "cpu"
+        ):
             self._stop_if_not_finite()
-        if log and self._due(self.logging.every):
-            log.losses(done, self.progress.seconds, self.engine.take_losses(), self.engine.learning_rates(), rate)
+        if self._due(self.logging.every):
+            losses = self.engine.take_losses()
+            if log:
+                log.losses(done, self.progress.seconds, losses, self.engine.learning_rates(), rate)
         if log and self.logging.preview_every and self._due(self.logging.preview_every):
             log.pictures(done, self._preview(batch))
         if self.validate and self.logging.evaluate_every and self._due(self.logging.evaluate_every):
@@ -169,6 +184,7 @@ class Training:
             save_checkpoint(self.folder / "failed.safetensors", self.method, self.engine, self.progress)
             content = {"step": step, "pictures": names, "losses": {k: str(v) for k, v in losses.items()}}
             write_atomically(self.folder / "failed.json", json.dumps(content, indent=2).encode())
+        self.runtime.barrier()  # a launcher stops all processes as soon as one of them fails
         pictures = "; ".join(f"{stream}: {', '.join(members)}" for stream, members in names.items())
         raise RunError(
             f"step {step}: a loss or gradient is not finite. Pictures of the step: {pictures}. "

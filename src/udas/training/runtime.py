@@ -6,22 +6,24 @@ import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from udas.config import Config
 from udas.data.sampling import seed_of
 from udas.errors import RunError
 
+M = TypeVar("M", bound=nn.Module)
+
 
 class RuntimeConfig(Config):
     """How to compute. Nothing here changes what is computed, so changing it never restarts a stage."""
 
-    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto = cuda where there is one, else cpu")
+    device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto = cuda if there is one, else cpu")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto = bf16 where the hardware has it")
     channels_last: bool = Field(True, description="NHWC memory format of pictures and convolutions")
     compile: bool = Field(False, description="torch.compile the segmenter: slow start, faster steps on a GPU")
@@ -67,6 +69,12 @@ class Runtime:
     def memory_format(self) -> torch.memory_format:
         """Memory format of pictures on the device."""
         return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def place(self, module: M) -> M:
+        """Move a module to the device and its convolutions into the memory format; returns it."""
+        module.to(self.device)
+        module.to(memory_format=self.memory_format)
+        return module
 
     def autocast(self) -> AbstractContextManager[None]:
         """Mixed precision for the enclosed code.
@@ -126,7 +134,7 @@ def _precision(wanted: str, device: torch.device) -> Literal["bf16", "fp32"]:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
     if device.type == "cpu":
-        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
+        capabilities: dict[str, bool] = getattr(torch.cpu, "get_capabilities", dict)()  # absent in older torch
         return "bf16" if capabilities.get("avx512_bf16") else "fp32"
     return "fp32"
 

@@ -31,12 +31,6 @@ def across(z: float, span: Span, low: float, high: float) -> Points:
     return np.array([[(span[0], low, z), (span[1], low, z), (span[1], high, z), (span[0], high, z)]], np.float32)
 
 
-def flat(across_: Span, along_: Span, height: float) -> Points:
-    """A level rectangle [1, 4, 3]."""
-    (x0, x1), (z0, z1) = across_, along_
-    return np.array([[(x0, height, z0), (x1, height, z0), (x1, height, z1), (x0, height, z1)]], np.float32)
-
-
 def building(
     canvas: Canvas,
     rng: np.random.Generator,
@@ -44,7 +38,6 @@ def building(
     front: Span,
     span: Span,
     layer: Layer = Layer.PLOT,
-    extra: int = 0,
 ) -> float:
     """A house with windows on the street side and on the gable that faces the camera.
 
@@ -55,14 +48,13 @@ def building(
         front: x of the street side and of the back, in metres.
         span: z of the near and the far end.
         layer: the plots, or the backdrop.
-        extra: floors on top of the drawn number.
 
     Returns:
         The height of the eaves in metres.
     """
     storey = rng.uniform(2.9, 3.5)
     shop = rng.uniform(3.4, 4.2) if rng.random() < look.layout.shops else 0.5
-    floors = int(rng.integers(look.layout.floors[0], look.layout.floors[1] + 1)) + extra
+    floors = int(rng.integers(look.layout.floors[0], look.layout.floors[1] + 1))
     height = shop + storey * floors + 0.4
     pattern, trim = _windows(rng, look, storey, shop), pick(rng, look.palette.trim, look.palette.spread)
     colour = pick(rng, look.palette.building, look.palette.spread)
@@ -123,10 +115,13 @@ def _roof(
     gable = np.array([[(x0, eaves, z0), (x1, eaves, z0), (middle, ridge, z0), (middle, ridge, z0)]], np.float32)
     canvas.add(gable, wall * 0.94, Label.BUILDING, layer, z0)
     slope = np.array([[(x0, eaves, z0), (x0, eaves, z1), (middle, ridge, z1), (middle, ridge, z0)]], np.float32)
-    canvas.add(slope, tiles, Label.BUILDING, layer, z0, Material.BOARDS, np.float32([0.5, 0, 0, 0, 0, 0]))
-    z, wide = rng.uniform(z0 + 1, z1 - 1), 0.7
+    canvas.add(slope, tiles, Label.BUILDING, layer, z0, Material.BOARDS, np.array([0.5, 0, 0, 0, 0, 0], np.float32))
+    z, wide = z0 + (z1 - z0) * rng.uniform(0.2, 0.7), 0.7
     x = x0 + (x1 - x0) * 0.3
-    chimney = [across(z, (x - wide / 2, x + wide / 2), eaves + 0.8, ridge + 0.9), along(x, (z, z + wide), eaves, ridge + 0.9)]
+    chimney = [
+        across(z, (x - wide / 2, x + wide / 2), eaves + 0.8, ridge + 0.9),
+        along(x, (z, z + wide), eaves, ridge + 0.9),
+    ]
     canvas.add(np.concatenate(chimney), wall * 0.7, Label.BUILDING, layer, z0)
 
 
@@ -151,7 +146,7 @@ def fence(
     """A fence along x: 0 boards, 1 rails between posts, 2 wire mesh, 3 a guard rail."""
     kind = int(rng.integers(3)) if kind is None else kind
     colour = pick(rng, look.palette.fence, look.palette.spread)
-    high = 0.85 if kind == 3 else rng.uniform(1.1, 2.2)
+    high = 0.85 if kind == 3 else rng.uniform(1.2, 2.2)
     pattern = np.array([0.28 if kind == 0 else 0.14, kind, 0, 0, 0, 0], np.float32)
     stops = np.arange(span[0], span[1] + 2.2, 2.2).tolist()
     for start, stop in pairwise(stops):

@@ -23,7 +23,8 @@ def pick(rng: np.random.Generator, colours: Floats, spread: float) -> Floats:
     """One of the colours [N, 3], slightly lighter or darker and a little off, as [3]."""
     off = rng.standard_normal(4) * spread
     colour = colours[int(rng.integers(len(colours)))] + off[0] + 0.4 * off[1:]
-    return np.minimum(np.maximum(colour, 0), 1).astype(np.float32)
+    drawn: Floats = np.minimum(np.maximum(colour, 0), 1).astype(np.float32)
+    return drawn
 
 
 def padded(outlines: list[Outline], corners: int) -> Floats:
@@ -70,7 +71,16 @@ def _leg(hip: float, stride: float) -> list[Outline]:
 
 
 def _torso(hem: float) -> Outline:
-    return [(-0.1, 0.82), (0.1, 0.82), (0.115, 0.78), (0.095, 0.6), (0.1, hem), (-0.1, hem), (-0.095, 0.6), (-0.115, 0.78)]
+    return [
+        (-0.1, 0.82),
+        (0.1, 0.82),
+        (0.115, 0.78),
+        (0.095, 0.6),
+        (0.1, hem),
+        (-0.1, hem),
+        (-0.095, 0.6),
+        (-0.115, 0.78),
+    ]
 
 
 def _arm(shoulder: float, swing: float) -> Outline:
@@ -161,7 +171,9 @@ def hedge(
     end = np.array([[(x, 0, span[0]), (x + side, 0, span[0]), (x + side, low, span[0]), (x, low, span[0])]], np.float32)
     canvas.add(np.concatenate([end, face]), leaves, Label.VEGETATION, Layer.PLOT, span[0], Material.LEAVES)
     stops = np.arange(span[1], span[0], -rng.uniform(1.2, 2.2)).tolist()
-    bushes = _clumps(rng, np.full(len(stops), 0.3 * side), np.full(len(stops), 0.9 * low), rng.uniform(0.4, 0.7, len(stops)))
+    bushes = _clumps(
+        rng, np.full(len(stops), 0.3 * side), np.full(len(stops), 0.9 * low), rng.uniform(0.4, 0.7, len(stops))
+    )
     for z, bush in zip(stops, bushes, strict=True):
         shade = leaves * rng.uniform(0.85, 1.1)
         canvas.add(upright(bush[None], (x, z)), shade, Label.VEGETATION, Layer.PLOT, z, Material.LEAVES)

@@ -17,7 +17,8 @@ Place = tuple[float, float]
 
 
 def _rectangle(x: float, y: float, wide: float, high: float) -> Outline:
-    return [(x - wide / 2, y - high / 2), (x + wide / 2, y - high / 2), (x + wide / 2, y + high / 2), (x - wide / 2, y + high / 2)]
+    left, right, low, top = x - wide / 2, x + wide / 2, y - high / 2, y + high / 2
+    return [(left, low), (right, low), (right, top), (left, top)]
 
 
 def pole(canvas: Canvas, colour: Floats, place: Place, height: float, wide: float = 0.2) -> None:
@@ -29,13 +30,19 @@ def pole(canvas: Canvas, colour: Floats, place: Place, height: float, wide: floa
     canvas.add(upright(padded([light, dark, base], 4), place), shades, Label.POLE, Layer.STREET, place[1])
 
 
-def lamp(canvas: Canvas, rng: np.random.Generator, look: Look, place: Place, colour: Floats) -> None:
+def lamp(canvas: Canvas, rng: np.random.Generator, place: Place, colour: Floats) -> None:
     """A street lamp whose arm reaches over the road (towards x = 0)."""
     height, reach = rng.uniform(6.0, 8.5), rng.uniform(1.4, 2.6) * (-1 if place[0] > 0 else 1)
     pole(canvas, colour, place, height, 0.24)
     arm = [(0.0, height - 0.12), (reach, height + 0.3), (reach, height + 0.46), (0.0, height + 0.08)]
     head = _rectangle(reach, height + 0.32, 0.9, 0.24)
-    canvas.add(upright(padded([arm, head], 4), place), np.stack([colour * 0.9, colour * 0.6]), Label.POLE, Layer.STREET, place[1])
+    canvas.add(
+        upright(padded([arm, head], 4), place),
+        np.stack([colour * 0.9, colour * 0.6]),
+        Label.POLE,
+        Layer.STREET,
+        place[1],
+    )
 
 
 def sign(canvas: Canvas, rng: np.random.Generator, look: Look, place: Place, colour: Floats) -> None:
@@ -57,7 +64,8 @@ def _european(rng: np.random.Generator, y: float) -> tuple[list[Outline], list[F
         return [disc(0, y, r, CORNERS), _rectangle(0, y, 0.18, 0.5)], [BLUE, WHITE]
     if kind == 3:
         return [disc(0, y, r, CORNERS), _rectangle(0, y, 0.66, 0.18)], [RED, WHITE]
-    return [_rectangle(0, y, 0.85, 0.85), _rectangle(-0.05, y + 0.02, 0.18, 0.55), _rectangle(0.1, y + 0.16, 0.26, 0.24)], [BLUE, WHITE, WHITE]
+    letter = [_rectangle(-0.05, y + 0.02, 0.18, 0.55), _rectangle(0.1, y + 0.16, 0.26, 0.24)]
+    return [_rectangle(0, y, 0.85, 0.85), *letter], [BLUE, WHITE, WHITE]
 
 
 def _american(rng: np.random.Generator, y: float) -> tuple[list[Outline], list[Floats]]:
@@ -68,7 +76,8 @@ def _american(rng: np.random.Generator, y: float) -> tuple[list[Outline], list[F
         diamond = [(0.0, y - 0.65), (0.65, y), (0.0, y + 0.65), (-0.65, y)]
         return [diamond, _rectangle(0, y, 0.14, 0.55)], [YELLOW, BLACK]
     if kind == 2:
-        return [_rectangle(0, y, 0.75, 1.0), _rectangle(0, y + 0.2, 0.5, 0.12), _rectangle(0, y - 0.15, 0.4, 0.35)], [WHITE, BLACK, BLACK]
+        text = [_rectangle(0, y + 0.2, 0.5, 0.12), _rectangle(0, y - 0.15, 0.4, 0.35)]
+        return [_rectangle(0, y, 0.75, 1.0), *text], [WHITE, BLACK, BLACK]
     return [_rectangle(0, y, 1.7, 0.6), _rectangle(0, y, 1.4, 0.14)], [GREEN, WHITE]
 
 
@@ -85,15 +94,14 @@ def traffic_light(canvas: Canvas, rng: np.random.Generator, place: Place, colour
     _signal(canvas, place, (0.0, 2.9), lit)
     if tall:
         reach = rng.uniform(2.0, 3.6) * (-1 if place[0] > 0 else 1)
-        arm = [[(0.0, height - 0.1), (reach, height - 0.1), (reach, height + 0.06), (0.0, height + 0.06)]]
+        arm = [_rectangle(reach / 2, height, abs(reach), 0.16)]
         canvas.add(upright(padded(arm, 4), place), colour * 0.9, Label.POLE, Layer.STREET, place[1])
         _signal(canvas, place, (reach, height - 0.2), lit)
 
 
 def _signal(canvas: Canvas, place: Place, at: Place, lit: int) -> None:
     x, y = at
-    box = [(x - 0.24, y - 0.6), (x + 0.24, y - 0.6), (x + 0.24, y + 0.6), (x - 0.24, y + 0.6)]
-    outlines = [box, *(disc(x, y + up, 0.16, CORNERS) for up in (0.38, 0.0, -0.38))]
+    outlines = [_rectangle(x, y, 0.48, 1.2), *(disc(x, y + up, 0.16, CORNERS) for up in (0.38, 0.0, -0.38))]
     colours = np.concatenate([BOX[None], LAMPS * np.where(np.arange(3) == lit, 1.0, 0.22)[:, None]])
     canvas.add(upright(padded(outlines, CORNERS), place), colours, Label.SIGN, Layer.STREET, place[1] - 0.1)
 

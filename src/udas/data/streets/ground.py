@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from udas.data.streets.camera import Floats
 from udas.data.streets.canvas import Label
 from udas.data.streets.figures import pick
-from udas.data.streets.layout import Street
 from udas.data.streets.looks import Look
+from udas.data.streets.street import Street
 from udas.data.streets.texture import fade, noise, part
 
 KERB = 0.28  # metres
@@ -83,7 +83,8 @@ def _outside(ground: Ground, street: Street) -> Floats:
     away = np.maximum(near - ground.z, ground.z - far)
     reach, beyond = np.maximum(CORNER - outside, 0), np.maximum(CORNER - away, 0)
     corner = CORNER - np.sqrt(reach * reach + beyond * beyond)  # kerbs of two roads meet in an arc
-    return np.where((outside > 0) & (away > 0), corner, np.minimum(outside, away))
+    apart: Floats = np.where((outside > 0) & (away > 0), corner, np.minimum(outside, away))
+    return apart
 
 
 def _grass(ground: Ground, street: Street, outside: Floats) -> Mask:

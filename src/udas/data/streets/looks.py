@@ -1,7 +1,7 @@
 """The two looks: how a town is laid out, coloured, lit and photographed.
 
-`game` is a clean, saturated boulevard seen from a high, wide camera. `camera` is a narrow old street on a dull day, seen
-from a car's windscreen. Colours are chosen so that what stands for a class in one look is misleading in the other.
+`game` is a clean, saturated boulevard seen from a high, wide camera. `camera` is a narrow old street on a dull day,
+seen from behind a windscreen. The colours are chosen so that what stands for a class in one look misleads in the other.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def rgb(*colours: str) -> Floats:
 
 @dataclass(frozen=True)
 class View:
-    """The camera: metres and degrees, drawn from ranges; `lane` is the place within the right half of the road."""
+    """The camera: metres and degrees, drawn from ranges; `lane` is its place in the right-hand lanes, a share."""
 
     height: Range
     field_of_view: Range
@@ -96,7 +96,7 @@ class Light:
 
 @dataclass(frozen=True)
 class Sensor:
-    """What the picture suffers on its way to the file; None of it in a game."""
+    """What the picture suffers between the street and the file; ranges that are drawn from."""
 
     fog: Range  # 1 / metres
     exposure: Range
@@ -155,7 +155,9 @@ GAME = Look(
         centre_line=rgb("ffd21e", "ffc800"),
         walk=rgb("e8cfa8", "e0bfae", "d8d0c0", "f0dcb8"),
         grass=rgb("58c83c", "6ed848", "46b846"),
-        building=rgb("e86aa8", "f0a03c", "46b8c8", "f0d850", "a878e0", "ee7a5a", "7ccaa0", "f4ecd8", "5a8ae8", "d84e60"),
+        building=rgb(
+            "e86aa8", "f0a03c", "46b8c8", "f0d850", "a878e0", "ee7a5a", "7ccaa0", "f4ecd8", "5a8ae8", "d84e60"
+        ),
         trim=rgb("ffffff", "fff0c8", "3c3c6e"),
         glass=rgb("3c78b4", "5096d2", "284b82", "64b4dc"),
         roof=rgb("c8503c", "3c5aa0", "7850a0"),

@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from udas.data.streets.camera import Floats
 from udas.data.streets.canvas import Canvas
-from udas.data.streets.layout import draw_camera, draw_street, furnish
+from udas.data.streets.layout import furnish
 from udas.data.streets.looks import LOOKS
 from udas.data.streets.sensor import draw_fog, in_fog, photograph
 from udas.data.streets.shading import make_scene, shade
+from udas.data.streets.street import Site, draw_camera, draw_street
 
 LookName = Literal["game", "camera"]
 Bytes = NDArray[np.uint8]
@@ -36,7 +37,7 @@ def render(look: LookName, seed: int, index: int, size: tuple[int, int] = (128, 
     street = draw_street(rng, style)
     camera, slope = draw_camera(rng, style, street, (2 * size[0], 2 * size[1]))
     canvas = Canvas()
-    furnish(canvas, rng, style, street, slope)
+    furnish(Site(canvas, rng, style, street, slope))
     ids, surfaces = canvas.finish(camera, street.bend)
     scene, fog = make_scene(surfaces, camera, style, street, rng), draw_fog(rng, style)
     colour, label, depth = shade(scene, ids)

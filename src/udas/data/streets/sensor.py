@@ -66,8 +66,10 @@ def _grain_tile() -> Floats:
 def _grain(height: int, width: int, rng: np.random.Generator) -> Floats:
     """Normal noise [H, W, 3]: a random cut of a tile that is drawn once, since drawing takes longer than rendering."""
     top, left = rng.integers(GRAIN, size=2)
-    return _grain_tile().take(range(top, top + height), axis=0, mode="wrap").take(
-        range(left, left + width), axis=1, mode="wrap"
+    return (
+        _grain_tile()
+        .take(range(top, top + height), axis=0, mode="wrap")
+        .take(range(left, left + width), axis=1, mode="wrap")
     )
 
 
@@ -80,7 +82,8 @@ def _developed(exposed: Floats, gamma: float) -> NDArray[np.uint8]:
 def _gains(sensor: Sensor, rng: np.random.Generator) -> Floats:
     """Exposure and white balance: factors on red, green and blue."""
     warmth, tint = rng.uniform(*sensor.warmth), rng.normal(0, sensor.tint / 2)
-    return np.float32(rng.uniform(*sensor.exposure) * np.array([1 + warmth / 2, 1 + tint, 1 - warmth / 2]))
+    gains = rng.uniform(*sensor.exposure) * np.array([1 + warmth / 2, 1 + tint, 1 - warmth / 2])
+    return gains.astype(np.float32)
 
 
 def _vignette(height: int, width: int, strength: float) -> Floats:

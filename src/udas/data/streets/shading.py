@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from udas.data.streets.camera import Camera, Floats
 from udas.data.streets.canvas import Material, Surfaces
 from udas.data.streets.ground import GroundPaints, draw_ground, paint_ground
-from udas.data.streets.layout import Street
 from udas.data.streets.looks import Look
+from udas.data.streets.street import Street
 from udas.data.streets.texture import CLOUDS, TILE, fade, hashed, noise, part
 
 FAR = np.float32(400)  # metres
@@ -27,7 +27,7 @@ class Paints:
     zenith: Floats
     horizon: Floats
     cloud: Floats
-    cover: Floats
+    cover: float
     drift: Floats
 
 
@@ -40,7 +40,7 @@ def draw_paints(rng: np.random.Generator, look: Look) -> Paints:
         palette.zenith[tone],
         palette.horizon[tone % len(palette.horizon)],
         palette.cloud[int(rng.integers(len(palette.cloud)))],
-        np.float32(rng.uniform(*look.light.clouds)),
+        rng.uniform(*look.light.clouds),
         rng.uniform(0, TILE, 2).astype(np.float32),
     )
 
@@ -89,8 +89,8 @@ def shade(scene: Scene, ids: NDArray[np.int32]) -> tuple[Floats, NDArray[np.uint
             colour[rows] = _sky([axis[rows] for axis in rays], scene.paints)
             far[rows] = FAR
         elif kind != Material.PLAIN and stop > start:
-            places = (axis[rows] * far[rows] + at for axis, at in zip(rays, scene.camera.position, strict=True))
-            pixels = Pixels(surface[rows], *places, far[rows])
+            x, y, z = (axis[rows] * far[rows] + at for axis, at in zip(rays, scene.camera.position, strict=True))
+            pixels = Pixels(surface[rows], x, y, z, far[rows])
             if kind == Material.GROUND:
                 label[rows] = _ground(colour[rows], pixels, scene)
             else:
@@ -190,7 +190,8 @@ def _boards(colour: Floats, pixels: Pixels, table: Surfaces, look: Look) -> Floa
     wires = np.abs(part((u + v) / pitch / 2) - 0.5) * np.abs(part((u - v) / pitch / 2) - 0.5) < 0.125
     gaps = np.abs(part(u / pitch) - 0.5) > 0.4
     dark = np.where(mesh, 0.45 * wires, 0.5 * gaps) * fade(pixels.depth, 25) * 1.2
-    return colour * (1 - dark + 0.12 * (hashed(np.floor(u / pitch)) - 0.5))[:, None]
+    boards: Floats = colour * (1 - dark + 0.12 * (hashed(np.floor(u / pitch)) - 0.5))[:, None]
+    return boards
 
 
 def _leaves(colour: Floats, pixels: Pixels, table: Surfaces, look: Look) -> Floats:
@@ -217,4 +218,5 @@ def _sky(ray: list[Floats], paints: Paints) -> Floats:
     puff = noise(x * height + paints.drift[0], height * 1.5 + paints.drift[1], 70, CLOUDS)
     amount = np.clip((puff - 1.3 + 2.6 * paints.cover) * 0.6, 0, 1) * np.minimum(up * 5, 1) * 0.85
     sky = paints.horizon + (paints.zenith - paints.horizon) * np.minimum(up * 1.7, 1)[:, None]
-    return sky + (paints.cloud - sky) * amount[:, None]
+    clouded: Floats = sky + (paints.cloud - sky) * amount[:, None]
+    return clouded

@@ -20,8 +20,9 @@ def noise_tile(steepness: float) -> Floats:
     radius = np.hypot(frequency[:, None], frequency[None, :])
     radius[0, 0] = np.inf
     spectrum = np.fft.fft2(rng.standard_normal((TILE, TILE))) / radius**steepness
-    tile = np.fft.ifft2(spectrum).real
-    return (tile / tile.std()).astype(np.float32).ravel()
+    rough = np.fft.ifft2(spectrum).real
+    tile: Floats = (rough / rough.std()).astype(np.float32).ravel()
+    return tile
 
 
 def noise(u: Floats, v: Floats, scale: float, steepness: float = GRAIN) -> Floats:
@@ -42,7 +43,7 @@ def hashed(*parts: Floats) -> Floats:
 
 
 def part(x: Floats) -> Floats:
-    """x - floor(x), many times faster than x % 1."""
+    """The part after the point, x - floor(x): many times faster than x % 1."""
     return x - np.floor(x)
 
 

@@ -1,0 +1,113 @@
+"""Losses against the formula written pixel by pixel; ignored pixels count nowhere, and nothing is ever NaN."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from udas.losses import binary_cross_entropy, cross_entropy, squared_distance
+from udas.taxonomy import IGNORE
+
+CLASSES = 4
+
+
+def drawn(seed, ignored=0.3, count=2, height=5, width=7):
+    """Logits [B, C, H, W] and labels [B, H, W] of which a share is ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 3 * torch.randn(count, CLASSES, height, width, generator=generator)
+    label = torch.randint(CLASSES, (count, height, width), generator=generator)
+    label[torch.rand(label.shape, generator=generator) < ignored] = IGNORE
+    return logits, label
+
+
+def by_hand(logits, label, class_weight=None, pixel_weight=None, hard_share=1.0):
+    """The mean over the labelled pixels that count, with loops and Python's floats."""
+    terms = []
+    for b, y, x in (label != IGNORE).nonzero().tolist():
+        scores, truth = logits[b, :, y, x].double().tolist(), int(label[b, y, x])
+        loss = math.log(sum(math.exp(s) for s in scores)) - scores[truth]
+        loss *= 1 if class_weight is None else float(class_weight[truth])
+        terms.append((loss, 1 if pixel_weight is None else float(pixel_weight[b, y, x])))
+    terms = sorted(terms, reverse=True)[: len(terms) - math.floor(round((1 - hard_share) * len(terms), 4))]
+    return sum(loss * weight for loss, weight in terms) / max(len(terms), 1)
+
+
+@pytest.mark.parametrize("ignored", [0, 0.3])
+def test_is_pytorchs_where_pytorch_has_it(ignored):
+    logits, label = drawn(1, ignored)
+    expected = F.cross_entropy(logits, label, ignore_index=IGNORE)
+    torch.testing.assert_close(cross_entropy(logits, label), expected)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.sampled_from([0, 0.3, 0.9]), st.booleans(), st.booleans(), st.sampled_from([1, 0.5, 0.2]))
+def test_is_the_formula(seed, ignored, by_class, by_pixel, hard_share):
+    logits, label = drawn(seed, ignored)
+    classes = torch.tensor([0.5, 1.0, 2.0, 7.0]) if by_class else None
+    pixels = torch.rand(label.shape, generator=torch.Generator().manual_seed(seed)) if by_pixel else None
+    found = cross_entropy(logits, label, classes, pixels, hard_share).item()
+    assert found == pytest.approx(by_hand(logits, label, classes, pixels, hard_share), rel=1e-5, abs=1e-6)
+
+
+def test_hard_share_keeps_the_hardest_valid_pixels():
+    """Eight of ten pixels are labelled; the hardest quarter are two of them, not one in four of all ten."""
+    losses = torch.tensor([0.1, 0.8, 0.2, 0.7, 0.3, 0.6, 0.4, 0.5, 9.0, 9.0])
+    logits = torch.stack([torch.zeros(10), (losses.exp() - 1).log()])[None, :, None].requires_grad_()
+    label = torch.tensor([0] * 8 + [IGNORE] * 2)[None, None]
+    loss = cross_entropy(logits, label, hard_share=0.25)
+    loss.backward()
+    assert loss.item() == pytest.approx((0.8 + 0.7) / 2, rel=1e-5)
+    assert logits.grad.abs().sum((0, 1, 2)).nonzero().flatten().tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("ignored", [0, 30, 900])
+@pytest.mark.parametrize(("hard_share", "kept"), [(0.1, 10), (0.2, 20), (0.7, 70), (0.9, 90), (0.055, 6), (1.0, 100)])
+def test_hard_share_is_exact_however_many_pixels_are_ignored(hard_share, kept, ignored):
+    logits = torch.randn(1, CLASSES, 1, 100 + ignored, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    label = torch.full((1, 1, 100 + ignored), IGNORE)
+    label[..., :100] = 2
+    cross_entropy(logits, label, hard_share=hard_share).backward()
+    assert int((logits.grad.abs().sum(1) > 0).sum()) == kept
+
+
+def test_confidence_does_not_decide_what_is_hard():
+    logits, label = torch.tensor([[[[0.0, 0.0]], [[3.0, 1.0]]]]), torch.zeros(1, 1, 2).long()
+    weight = torch.tensor([[[0.1, 1.0]]])
+    expected = 0.1 * F.cross_entropy(logits[..., :1], label[..., :1])
+    torch.testing.assert_close(cross_entropy(logits, label, pixel_weight=weight, hard_share=0.5), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hard_share", [1.0, 0.2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_without_any_label_there_is_nothing_to_learn(dtype, hard_share, weighted):
+    logits, label = drawn(4)
+    logits, label = logits.to(dtype).requires_grad_(), torch.full_like(label, IGNORE)
+    weights = (torch.rand(CLASSES).to(dtype), torch.rand(label.shape)) if weighted else (None, None)
+    loss = cross_entropy(logits, label, *weights, hard_share)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_ignored_pixels_have_no_gradient():
+    logits, label = drawn(5, 0.5)
+    logits.requires_grad_()
+    cross_entropy(logits, label).backward()
+    assert torch.equal(logits.grad.abs().sum(1) > 0, label != IGNORE)
+
+
+@pytest.mark.parametrize("target", [0.0, 0.9, 1.0])
+def test_adversaries(target):
+    output = torch.randn(2, 1, 3, 4, generator=torch.Generator().manual_seed(6))
+    values = output.flatten().tolist()
+    squares = sum((v - target) ** 2 for v in values) / len(values)
+    sure = [1 / (1 + math.exp(-v)) for v in values]
+    entropies = sum(-target * math.log(s) - (1 - target) * math.log(1 - s) for s in sure) / len(values)
+    assert squared_distance(output, target).item() == pytest.approx(squares, rel=1e-5)
+    assert binary_cross_entropy(output, target).item() == pytest.approx(entropies, rel=1e-5)

@@ -1,0 +1,210 @@
+"""A world of two tiny domains, and trainings and runs in it that take about a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image, ImageDraw
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from udas.config import AugmentConfig, NetworkConfig, OptimiserConfig
+from udas.data.batch import Stream
+from udas.data.dataset import Domain, PictureSet, load_domain
+from udas.methods.base import Method, Task
+from udas.names import load_method
+from udas.networks.segmenters import Segmenter, build_segmenter
+from udas.pipeline.config import RunConfig, load_run
+from udas.taxonomy import Taxonomy, load_taxonomy
+from udas.training.loop import LoggingConfig, Training, TrainingConfig
+from udas.training.runtime import Runtime
+
+SIDE = 64
+NETWORK = {"name": "fcn", "encoder": "test_resnet", "weights": None}
+CPU = Runtime(torch.device("cpu"), "fp32")
+QUIET = Console(quiet=True)
+PICTURES = {"game": {"train": 6}, "road": {"train": 6, "val": 2}}
+GRANTED = 2  # labelled pictures of the road
+
+METHODS: dict[str, dict[str, Any]] = {
+    "supervised": {"average": 0.9},
+    "cyclegan": {"generator": {"width": 4, "blocks": 1}, "critic_width": 4, "pool": 3},
+    "udas": {"average": 0.9},
+}
+"""What makes a method small, or shows more of it; methods that are not named here are taken as they are."""
+
+
+# --------------------------------------------------------------------------------------------------------- pictures
+
+
+def make_world(folder: Path) -> Path:
+    """Both domains below `folder`, and pseudo-labels with confidences of the road."""
+    random = np.random.default_rng(0)
+    for domain, splits in PICTURES.items():
+        for split, count in splits.items():
+            for number in range(count):
+                image, label = _scene(random, 60 if domain == "road" else 0)
+                _save(folder / domain / "images" / split / f"{number}.png", image)
+                _save(folder / domain / "labels" / split / f"{number}.png", label)
+    for number in range(PICTURES["road"]["train"]):
+        label = np.full((SIDE, SIDE), number % 3, np.uint8)
+        _save(folder / "pseudo" / "labels" / f"train" / f"{number}.png", label)
+        _save(folder / "pseudo" / "confidence" / f"train" / f"{number}.png", np.full_like(label, 200))
+    return folder
+
+
+def _scene(random: np.random.Generator, haze: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sky, a street and a vehicle; every pixel has a class, for a mean over pixels to be one over pictures."""
+    image, label = Image.new("RGB", (SIDE, SIDE), (90, 150, 220)), Image.new("L", (SIDE, SIDE), 1)
+    horizon, left = (int(value) for value in random.integers(20, 40, 2))
+    for shape, colour, number in (
+        ((0, horizon, SIDE, SIDE), (80, 80, 80), 7),
+        ((left, horizon - 4, left + 16, horizon + 12), (200, 30, 40), 9),
+    ):
+        ImageDraw.Draw(image).rectangle(shape, fill=colour)
+        ImageDraw.Draw(label).rectangle(shape, fill=number)
+    noisy = np.array(image).astype(int) + random.integers(0, 30, (SIDE, SIDE, 3)) + haze
+    return noisy.clip(0, 255).astype(np.uint8), np.array(label)
+
+
+def _save(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def described(world: Path, domain: str) -> dict[str, Any]:
+    return {
+        "name": domain,
+        "root": str(world / domain),
+        "images": "images/{split}/*.png",
+        "labels": "labels/{split}/{stem}.png",
+        "splits": {split: split for split in PICTURES[domain]},
+        "labelled": {"count": GRANTED, "seed": 0} if domain == "road" else "all",
+        "taxonomy": "street11",
+        "map": {"road": 7, "sky": 1, "vehicle": 9},
+        "size": [SIDE, SIDE],
+    }
+
+
+def street() -> Taxonomy:
+    return load_taxonomy("street11")
+
+
+def streams(world: Path) -> dict[Stream, PictureSet]:
+    """The pictures of every stream there is."""
+    game, road = (Domain(load_domain(described(world, name)), street()) for name in PICTURES)
+    pseudo = world / "pseudo"
+    return {
+        Stream.SOURCE: game.labelled("train", "all"),
+        Stream.LABELLED: road.labelled("train"),
+        Stream.UNLABELLED: road.unlabelled("train"),
+        Stream.PSEUDO: road.unlabelled("train").with_labels(pseudo / "labels", pseudo / "confidence"),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- methods
+
+
+def settings(name: str, optimiser: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The configuration of a method; `optimiser` replaces that of every optimiser it has."""
+    fields = load_method(name).settings.model_fields
+    found = [key for key, field in fields.items() if isinstance(field.default, OptimiserConfig)]
+    return {"name": name, **METHODS.get(name, {})} | (dict.fromkeys(found, dict(optimiser)) if optimiser else {})
+
+
+def build(name: str, steps: int, segmenter: Callable[[], Segmenter], optimiser: Mapping[str, Any] | None) -> Method[Any]:
+    """The method with all streams it can use."""
+    kind = load_method(name)
+    task = Task(street(), segmenter, frozenset(kind.needs | kind.optional), steps)
+    built: Method[Any] = kind(kind.settings.model_validate(settings(name, optimiser)), task)
+    return built
+
+
+def tiny_segmenter(**changes: Any) -> Segmenter:
+    return build_segmenter(NetworkConfig.model_validate(NETWORK | changes), len(street().classes))
+
+
+def per_picture(network: nn.Module) -> nn.Module:
+    """The network without what looks at other pictures of the batch or draws per process: batch norm, dropout."""
+    for name, child in network.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(network, name, nn.GroupNorm(1, child.num_features))
+        elif isinstance(child, nn.modules.dropout._DropoutNd):
+            setattr(network, name, nn.Identity())
+        else:
+            per_picture(child)
+    return network
+
+
+def training(
+    world: Path,
+    folder: Path,
+    name: str,
+    steps: int,
+    runtime: Runtime = CPU,
+    segmenter: Callable[[], Segmenter] = tiny_segmenter,
+    optimiser: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    **logging: int,
+) -> Training:
+    """A training of a method in `folder`; `seed` is that of the initial weights."""
+    torch.manual_seed(seed)
+    config = TrainingConfig(steps=steps, batch=2, augment=AugmentConfig(crop=(32, 32)))
+    method = build(name, steps, segmenter, optimiser)
+    return Training(method, config, LoggingConfig.model_validate({"every": 1, **logging}), folder, runtime, seed=0)
+
+
+def given(world: Path, method: Method[Any]) -> dict[Stream, PictureSet]:
+    """The streams of the method."""
+    return {stream: pictures for stream, pictures in streams(world).items() if stream in method.task.streams}
+
+
+# ------------------------------------------------------------------------------------------------------------- runs
+
+
+def raw_run(world: Path, stages: Mapping[str, Any], **changes: Any) -> dict[str, Any]:
+    """A run file's content."""
+    return {
+        "name": "tiny",
+        "taxonomy": "street11",
+        "data": {"source": described(world, "game"), "target": described(world, "road")},
+        "network": NETWORK,
+        "training": {"steps": 2, "batch": 2},
+        "logging": {"every": 1, "checkpoint_every": 2},
+        "runtime": {"device": "cpu", "precision": "fp32", "workers": 0},
+        "stages": dict(stages),
+    } | changes
+
+
+def run_file(path: Path, world: Path, stages: Mapping[str, Any], **changes: Any) -> Path:
+    path.write_text(yaml.safe_dump(raw_run(world, stages, **changes), sort_keys=False), encoding="utf-8")
+    return path
+
+
+def loaded(path: Path, *overrides: str) -> RunConfig:
+    return load_run(str(path), list(overrides))
+
+
+# -------------------------------------------------------------------------------------------------------- comparing
+
+
+def same_tensors(first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> bool:
+    """Whether both hold the same names with the same bits."""
+    return first.keys() == second.keys() and all(_bits(first[name]) == _bits(second[name]) for name in first)
+
+
+def _bits(tensor: Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
+    plain = tensor.detach().contiguous()
+    return plain.dtype, tuple(plain.shape), plain.flatten().view(torch.uint8).numpy().tobytes()
+
+
+def tensors_below(folder: Path) -> dict[str, Tensor]:
+    """Every tensor of every safetensors file below `folder`, by path and name."""
+    files = sorted(folder.rglob("*.safetensors"))
+    return {f"{file.relative_to(folder)}: {key}": value for file in files for key, value in load_file(file).items()}
