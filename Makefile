@@ -1,7 +1,9 @@
 # Two commands do all the set-up: `make demo` and `make test`. Each makes its own environment in .venv if there is none.
+# ARGS go to the command behind: make test ARGS='-m slow', make demo ARGS=--plan.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+ARGS :=
 
 .PHONY: demo test lint clean
 
@@ -11,10 +13,10 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed
-	$(BIN)/udas demo
+	$(BIN)/udas demo $(ARGS)
 
 test: $(VENV)/installed
-	$(BIN)/pytest
+	$(BIN)/pytest $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check src tests benchmarks

@@ -39,6 +39,9 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """What makes a method small, or shows more of it; methods that are not named here are taken as they are."""
 
+PER_PROCESS: dict[str, dict[str, Any]] = {"cyclegan": {"pool": 0}}
+"""What switches off a method's memory of the pictures that one process saw, where processes are compared."""
+
 
 # --------------------------------------------------------------------------------------------------------- pictures
 
@@ -54,8 +57,8 @@ def make_world(folder: Path) -> Path:
                 _save(folder / domain / "labels" / split / f"{number}.png", label)
     for number in range(PICTURES["road"]["train"]):
         label = np.full((SIDE, SIDE), number % 3, np.uint8)
-        _save(folder / "pseudo" / "labels" / f"train" / f"{number}.png", label)
-        _save(folder / "pseudo" / "confidence" / f"train" / f"{number}.png", np.full_like(label, 200))
+        _save(folder / "pseudo/labels/images/train" / f"{number}.png", label)
+        _save(folder / "pseudo/confidence/images/train" / f"{number}.png", np.full_like(label, 200))
     return folder
 
 
@@ -111,18 +114,22 @@ def streams(world: Path) -> dict[Stream, PictureSet]:
 # ---------------------------------------------------------------------------------------------------------- methods
 
 
-def settings(name: str, optimiser: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The configuration of a method; `optimiser` replaces that of every optimiser it has."""
+def settings(name: str) -> dict[str, Any]:
+    """The configuration of a method."""
+    return {"name": name, **METHODS.get(name, {})}
+
+
+def optimisers(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A change of settings that gives every optimiser of a method the same `config`."""
     fields = load_method(name).settings.model_fields
-    found = [key for key, field in fields.items() if isinstance(field.default, OptimiserConfig)]
-    return {"name": name, **METHODS.get(name, {})} | (dict.fromkeys(found, dict(optimiser)) if optimiser else {})
+    return {key: dict(config) for key, field in fields.items() if isinstance(field.default, OptimiserConfig)}
 
 
-def build(name: str, steps: int, segmenter: Callable[[], Segmenter], optimiser: Mapping[str, Any] | None) -> Method[Any]:
+def build(name: str, steps: int, segmenter: Callable[[], Segmenter], changes: Mapping[str, Any]) -> Method[Any]:
     """The method with all streams it can use."""
     kind = load_method(name)
     task = Task(street(), segmenter, frozenset(kind.needs | kind.optional), steps)
-    built: Method[Any] = kind(kind.settings.model_validate(settings(name, optimiser)), task)
+    built: Method[Any] = kind(kind.settings.model_validate(settings(name) | dict(changes)), task)
     return built
 
 
@@ -143,20 +150,19 @@ def per_picture(network: nn.Module) -> nn.Module:
 
 
 def training(
-    world: Path,
     folder: Path,
     name: str,
     steps: int,
     runtime: Runtime = CPU,
     segmenter: Callable[[], Segmenter] = tiny_segmenter,
-    optimiser: Mapping[str, Any] | None = None,
+    changes: Mapping[str, Any] | None = None,
     seed: int = 0,
     **logging: int,
 ) -> Training:
-    """A training of a method in `folder`; `seed` is that of the initial weights."""
+    """A training of a method in `folder`, with `changes` of its settings; `seed` is that of the initial weights."""
     torch.manual_seed(seed)
     config = TrainingConfig(steps=steps, batch=2, augment=AugmentConfig(crop=(32, 32)))
-    method = build(name, steps, segmenter, optimiser)
+    method = build(name, steps, segmenter, changes or {})
     return Training(method, config, LoggingConfig.model_validate({"every": 1, **logging}), folder, runtime, seed=0)
 
 

@@ -178,13 +178,13 @@ def test_a_full_disk_is_seen_before_the_work(pictures, folder, monkeypatch):
 
 
 def test_a_disk_that_fills_up_while_writing(pictures, folder, monkeypatch):
-    def full(_):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("udas.data.cache.os.fsync", full)
-    with pytest.raises(RunError, match=r"cannot be written \(No space left on device\)"):
+    monkeypatch.setattr("udas.data.cache.np.lib.format.write_array_header_1_0", full)
+    with pytest.raises(RunError, match=r"npy: cannot be written \(No space left on device\); free some space"):
         build_cache(pictures, folder)
-    assert not list(folder.iterdir())
+    assert not list(folder.glob("*.npy*"))
 
 
 def test_an_empty_set_needs_no_cache(folder):

@@ -100,8 +100,8 @@ def test_step_is_the_formula(lambda_idt):
         losses = advance(engine, method, seen, step)
         generators, discriminators = naive.step(seen)
         critics = losses["D_X"] + losses["D_Y"]
-        assert sum(losses.values()) - critics == pytest.approx(generators, rel=1e-10)
-        assert critics == pytest.approx(discriminators, rel=1e-10)
+        assert sum(losses.values()) - critics == pytest.approx(generators, rel=1e-6)  # logged in float32
+        assert critics == pytest.approx(discriminators, rel=1e-6)
     for name in ("G", "F", "D_X", "D_Y"):
         ours, theirs = getattr(method, name).state_dict(), getattr(naive, name).state_dict()
         for key in theirs:

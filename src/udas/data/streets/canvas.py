@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw
 from udas.data.streets.camera import Camera, Floats
 
 NEAR = 0.3  # metres: nothing closer is drawn
+TINY = 1.6  # pixels: nothing smaller is drawn
 
 Points = Floats  # [N, K, 3]: N polygons of K corners
 
@@ -192,7 +193,7 @@ def _paint(
     nearest, farthest = np.minimum.reduceat(view[:, 2], starts), np.maximum.reduceat(view[:, 2], starts)
     pixels = camera.to_pixels(np.maximum(view, [-np.inf, -np.inf, NEAR]).astype(np.float32))
     low, high = np.minimum.reduceat(pixels, starts), np.maximum.reduceat(pixels, starts)
-    outside = (high < 0).any(1) | (low > [camera.width, camera.height]).any(1) | ((high - low) < 1).all(1)
+    outside = (high < 0).any(1) | (low > [camera.width, camera.height]).any(1) | ((high - low) < TINY).all(1)
     cut = nearest < NEAR
     seen = ~hidden & (farthest > NEAR) & (cut | ~outside)
     image = Image.fromarray(_sky_and_ground(camera))

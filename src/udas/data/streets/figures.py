@@ -22,7 +22,7 @@ Outline = list[tuple[float, float]]
 def pick(rng: np.random.Generator, colours: Floats, spread: float) -> Floats:
     """One of the colours [N, 3], slightly lighter or darker and a little off, as [3]."""
     off = rng.standard_normal(4) * spread
-    colour = colours[int(rng.integers(len(colours)))] + off[0] + 0.4 * off[1:]
+    colour = colours[int(rng.random() * len(colours))] + off[0] + 0.4 * off[1:]
     drawn: Floats = np.minimum(np.maximum(colour, 0), 1).astype(np.float32)
     return drawn
 

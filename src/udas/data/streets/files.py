@@ -7,7 +7,9 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,11 +48,11 @@ def ensure(config: StreetsConfig, root: Path, progress: Progress | None = None) 
         RunError: the folder cannot be written.
     """
     world = {"version": VERSION, "look": config.look, "seed": config.seed, "size": list(config.size)}
-    counts = _claim(root, world, config.pictures)
+    found = _found(root)
+    wanted = world | {"pictures": _merged(root, world, config.pictures, found)}
+    if wanted != found:
+        _write(root / DESCRIPTION, json.dumps(wanted, indent=2).encode())
     missing = [job for job in _jobs(config, root) if not all(file.exists() for file in job[1:])]
-    if not missing and counts == _counts(root):
-        return
-    _write(root / DESCRIPTION, json.dumps(world | {"pictures": counts}, indent=2).encode())
     for done, (index, image, label) in enumerate(missing, start=1):
         picture, ids = render(config.look, config.seed, index, config.size)
         _write(label, _encoded(ids, label))
@@ -59,26 +61,27 @@ def ensure(config: StreetsConfig, root: Path, progress: Progress | None = None) 
             progress(done, len(missing))
 
 
-def _counts(root: Path) -> dict[str, int]:
-    description = root / DESCRIPTION
-    if not description.exists():
-        return {}
-    counts: dict[str, int] = json.loads(description.read_text(encoding="utf-8"))["pictures"]
-    return counts
-
-
-def _claim(root: Path, world: Mapping[str, object], wanted: dict[str, int]) -> dict[str, int]:
-    """Pictures per split that `root` is to hold. Raises `DataError` when it holds something else."""
-    taken, description = (root / "images").exists(), root / DESCRIPTION
+def _found(root: Path) -> dict[str, Any]:
+    """What `root` says it holds, {} for a new folder. Raises `DataError` when it holds something else."""
+    description, taken = root / DESCRIPTION, (root / "images").exists()
     if not description.exists():
         if taken:
             raise DataError(f"{root}: holds pictures that are not rendered streets; choose another `root`")
-        return wanted
-    found = json.loads(description.read_text(encoding="utf-8"))
-    if other := [key for key in world if found.get(key) != world[key]]:
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(description.read_text(encoding="utf-8"))
+        dict(found["pictures"])
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"{description}: cannot be read; delete the folder {root} or choose another `root`") from None
+    return found
+
+
+def _merged(root: Path, world: Mapping[str, Any], wanted: dict[str, int], found: Mapping[str, Any]) -> dict[str, int]:
+    """Pictures per split that `root` is to hold. Raises `DataError` when it holds others, or more."""
+    if other := [key for key in world if found and found.get(key) != world[key]]:
         text = ", ".join(f"{key} {found.get(key)} instead of {world[key]}" for key in other)
         raise DataError(f"{root}: holds streets of another kind ({text}); choose another `root` or delete this folder")
-    counts: dict[str, int] = found["pictures"]
+    counts: dict[str, int] = found.get("pictures", {})
     for split, count in wanted.items():
         if count < counts.get(split, 0):
             text = f"holds {counts[split]} pictures of split {split}, {count} are configured"
@@ -115,7 +118,8 @@ def _write(file: Path, content: bytes) -> None:
         part.write_bytes(content)
         part.replace(file)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise RunError(
             f"{file}: cannot be written ({error.strerror}); free some space or choose another `root`"
         ) from None

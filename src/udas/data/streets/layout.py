@@ -30,7 +30,7 @@ def furnish(site: Site) -> None:
 
 def _places(site: Site, start: float, spacing: Span) -> list[float]:
     """Regular places along the kerb, leaving the crossing road free."""
-    places = np.arange(start, min(site.street.end, 60.0), site.rng.uniform(*spacing)).tolist()
+    places = np.arange(start, min(site.street.end, 50.0), site.rng.uniform(*spacing)).tolist()
     near, far = site.street.junction or (np.inf, np.inf)
     return [z for z in places if not near - 3 < z < far + 3]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -32,6 +33,7 @@ def render(look: LookName, seed: int, index: int, size: tuple[int, int] = (128, 
         The picture [H, W, 3] and its street11 ids [H, W], a function of the arguments alone. Drawn at twice the size: a
         pixel's colour is the mean of its four quarters and its id the most frequent one of them; nothing is void.
     """
+    _keep_memory()
     style = LOOKS[look]
     rng = np.random.default_rng((sorted(LOOKS).index(look), seed % 2**63, index))
     street = draw_street(rng, style)
@@ -45,6 +47,16 @@ def render(look: LookName, seed: int, index: int, size: tuple[int, int] = (128, 
     if style.sensor is None:
         return (np.clip(colour, 0, 1) * 255).astype(np.uint8), label
     return photograph(colour, style.sensor, rng), label
+
+
+@cache
+def _keep_memory() -> None:
+    """Allocate and free one large block.
+
+    The C library returns freed blocks to the system until it has seen larger ones, and asking anew for the arrays of
+    every picture would take a fifth of the time.
+    """
+    np.empty(2**24, np.uint8)
 
 
 def _mean_of_four(colour: Floats) -> Floats:

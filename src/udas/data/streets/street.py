@@ -90,7 +90,7 @@ def draw_street(rng: np.random.Generator, look: Look) -> Street:
         verge=(verges[0], verges[1]),
         bend=rng.uniform(-layout.bend, layout.bend),
         junction=(crossing, crossing + rng.uniform(7, 12)) if rng.random() < 0.55 else None,
-        end=rng.uniform(60, 110),
+        end=rng.uniform(55, 95),
         lanes=2 if lanes > 5.8 else 1,
         zebra=bool(rng.random() < 0.8),
         double=bool(rng.random() < 0.4),

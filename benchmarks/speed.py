@@ -1,0 +1,168 @@
+"""Training speed as ratios measured in one run: methods, bf16 with channels_last against fp32, the loader alone.
+
+    python benchmarks/speed.py --out docs/results/speed
+    python benchmarks/speed.py my_run.yaml training.batch=8 "training.augment.crop=[512, 512]" --out speed
+
+Without a run file it takes the demo's data, rendered on first use. All methods train the same network on the same crops
+and batch: those of the first stage that trains a segmenter. Every repeat times every case once, so that a busy moment
+of the machine meets all of them; ratios are taken within a repeat.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import median
+
+import torch
+from segmentation_models_pytorch.encoders import TimmUniversalEncoder
+
+from udas import __version__
+from udas.data.batch import Stream
+from udas.data.loader import make_loader
+from udas.names import METHODS, load_method
+from udas.networks.discriminators import MultiScaleDiscriminator, NLayerDiscriminator, PatchDiscriminator
+from udas.networks.generators import ResnetGenerator
+from udas.pipeline.config import RunConfig, TrainStage, load_run
+from udas.pipeline.context import Context
+from udas.pipeline.stages import build_method, train_streams
+from udas.training.engine import TrainingEngine
+from udas.training.runtime import Runtime
+
+UNIT = "supervised"  # on synthetic pictures alone: one pass
+STREAMS = {UNIT: [Stream.SOURCE]}  # every other method: all streams it takes
+PRECISIONS = {"fp32": False, "bf16": True}  # precision -> channels_last
+NETWORKS = (TimmUniversalEncoder, ResnetGenerator)
+CRITICS = (PatchDiscriminator, MultiScaleDiscriminator, NLayerDiscriminator)
+DEMO = ["training.batch=4", "training.augment.crop=[128, 128]"]
+for domain in ("source", "target"):
+    DEMO += [f"data.{domain}.root=runs/speed/data/{domain}", f"data.{domain}.streets.pictures={{train: 32, val: 4}}"]
+
+
+class Case:
+    """One method in one precision, on one batch that stays on the device."""
+
+    def __init__(self, context: Context, name: str, base: TrainStage) -> None:
+        self.runtime, training = context.runtime, base.training
+        network = base.network.model_copy(update={"weights": None})
+        settings = next((s.method for s in trainings(context.config) if s.method.name == name), {"name": name})
+        stage = TrainStage(method=settings, streams=STREAMS.get(name), network=network, training=training)
+        pictures = train_streams(context, name, stage)
+        self.loading = pictures, {stream: training.batch_of(stream) for stream in pictures}, training.augment
+        self.method = build_method(context, name, stage).train()
+        self.method.to(self.runtime.device, memory_format=self.runtime.memory_format)
+        self.engine = TrainingEngine(self.method, self.runtime, training.steps)
+        batch = next(iter(make_loader(*self.loading, 0, 0, 1)))
+        self.batch = batch.to(self.runtime.device, self.runtime.memory_format)
+
+    def seconds(self, steps: int) -> float:
+        """Seconds per training step."""
+        began = time.perf_counter()
+        for step in range(steps):
+            self.engine.begin(step)
+            with self.runtime.autocast():
+                self.method.step(self.batch)
+        self.engine.take_losses()  # waits for the device
+        return (time.perf_counter() - began) / steps
+
+    def passes(self) -> str:
+        """Forward passes of one step: through the networks that learn the task + through critics."""
+        seen: Counter[type] = Counter()
+        parts = [part for part in self.method.modules() if isinstance(part, NETWORKS + CRITICS)]
+        hooks = [part.register_forward_hook(lambda part, *_: seen.update([type(part)])) for part in parts]
+        self.seconds(1)
+        for hook in hooks:
+            hook.remove()
+        return " + ".join(str(sum(seen[kind] for kind in kinds)) for kinds in (NETWORKS, CRITICS))
+
+    def loader_seconds(self, batches: int) -> float:
+        """Seconds per batch of the loader alone, with the run's workers; the first two batches start them."""
+        loader = iter(make_loader(*self.loading, 0, 0, batches + 2, workers=self.runtime.workers))
+        next(loader), next(loader)
+        began = time.perf_counter()
+        count = sum(1 for _ in loader)
+        return (time.perf_counter() - began) / count
+
+
+def trainings(config: RunConfig) -> list[TrainStage]:
+    return [stage for stage in config.stages.values() if isinstance(stage, TrainStage)]
+
+
+def measure(run: str, overrides: list[str], steps: int, repeats: int) -> dict:
+    """What was timed, where, and the seconds of every case in every repeat."""
+    config = load_run(run, overrides)
+    base = next(stage for stage in trainings(config) if load_method(stage.method.name).makes == "segmenter")
+    contexts = {}
+    for precision, layout in PRECISIONS.items():
+        settings = config.runtime.model_copy(update={"precision": precision, "channels_last": layout})
+        contexts[precision] = Context(config, Path("runs/speed"), Runtime.start(settings))
+    cases = {f"{m} {p}": Case(context, m, base) for m in METHODS for p, context in contexts.items()}
+    passes = {method: cases[f"{method} fp32"].passes() for method in METHODS}
+    for case in cases.values():
+        case.seconds(1)  # warm-up: memory, autotuning
+    rounds = []
+    for number in range(repeats):
+        rounds.append({name: case.seconds(steps) for name, case in cases.items()})
+        rounds[-1]["loader"] = cases[f"{UNIT} bf16"].loader_seconds(10 * steps)
+        print(f"repeat {number + 1}/{repeats}", {key: round(value, 4) for key, value in rounds[-1].items()}, flush=True)
+    runtime = contexts["bf16"].runtime
+    machine = runtime.describe() | {"workers": runtime.workers, "udas": __version__, "torch": torch.__version__}
+    setting = {"run": run, "overrides": overrides, "steps": steps, "repeats": repeats}
+    setting |= {part: getattr(base, part).model_dump(mode="json") for part in ("network", "training")}
+    return {"machine": machine, "setting": setting, "passes": passes, "seconds": rounds}
+
+
+def table(result: dict) -> str:
+    """The Markdown table, with the setting and the machine below."""
+    rounds, setting = result["seconds"], result["setting"]
+    middle = {case: median(times[case] for times in rounds) for case in rounds[0]}
+
+    def ratio(above: str, below: str) -> str:
+        values = [times[above] / times[below] for times in rounds]
+        return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
+
+    lines = [
+        "| method | passes: networks + critics | steps/s fp32 | steps/s bf16 | speed-up by bf16 | step / unit, bf16 |"
+    ]
+    lines += ["|---|---:|---:|---:|---:|---:|"]
+    for method, passes in result["passes"].items():
+        fp32, bf16 = f"{method} fp32", f"{method} bf16"
+        speeds = (
+            f"{1 / middle[fp32]:.3g} | {1 / middle[bf16]:.3g} | {ratio(fp32, bf16)} | {ratio(bf16, f'{UNIT} bf16')}"
+        )
+        lines.append(f"| {method} | {passes} | {speeds} |")
+    fastest = min(middle.keys() - {"loader"}, key=lambda case: middle[case])
+    network, training = setting["network"], setting["training"]
+    notes = [
+        f"unit: a step of `{UNIT}` on synthetic pictures. bf16 is with channels_last, fp32 without",
+        f"ratios: median (lowest to highest) over {setting['repeats']} repeats of {setting['steps']} steps, interleaved",
+        f"loader alone, on {UNIT}'s stream: {1 / middle['loader']:.3g} batches/s, "
+        f"{ratio(fastest, 'loader')} times the fastest training step ({fastest})",
+        f"{network['name']}, {network['encoder']}, crop (height, width) {training['augment']['crop']}, "
+        f"batch per stream {training['batch']}; {setting['run']} {' '.join(setting['overrides'])}",
+        ", ".join(f"{key} {value}" for key, value in result["machine"].items() if key != "precision"),
+    ]
+    return "\n".join([*lines, "", *(f"* {note}" for note in notes)]) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", default="demo", help="run file or preset")
+    parser.add_argument("overrides", nargs="*", help="changes to it, as key=value")
+    parser.add_argument("--out", type=Path, required=True, help="folder for speed.md and speed.json")
+    parser.add_argument("--steps", type=int, default=5, help="training steps per case and repeat")
+    parser.add_argument("--repeats", type=int, default=5)
+    given = parser.parse_intermixed_args()
+    overrides = [*(DEMO if given.run == "demo" else []), *given.overrides]
+    result = measure(given.run, overrides, given.steps, given.repeats)
+    given.out.mkdir(parents=True, exist_ok=True)
+    (given.out / "speed.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (given.out / "speed.md").write_text(table(result), encoding="utf-8")
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()
