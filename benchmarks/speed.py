@@ -3,9 +3,9 @@
     python benchmarks/speed.py --out docs/results/speed
     python benchmarks/speed.py my_run.yaml training.batch=8 "training.augment.crop=[512, 512]" --out speed
 
-Without a run file it takes the demo's data, rendered on first use. All methods train the same network on the same crops
-and batch: those of the first stage that trains a segmenter. Every repeat times every case once, so that a busy moment
-of the machine meets all of them; ratios are taken within a repeat.
+Without a run file it takes the demo's data, rendered on first use. Every method, with its default
+settings, trains the same network on the same crops and batch: those of the first stage that trains a segmenter. Every repeat times
+every case once, so that a busy moment of the machine meets all of them; ratios are taken within a repeat.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ from udas.data.loader import make_loader
 from udas.names import METHODS, load_method
 from udas.networks.discriminators import MultiScaleDiscriminator, NLayerDiscriminator, PatchDiscriminator
 from udas.networks.generators import ResnetGenerator
-from udas.pipeline.config import RunConfig, TrainStage, load_run
+from udas.pipeline.config import TrainStage, load_run
 from udas.pipeline.context import Context
 from udas.pipeline.stages import build_method, train_streams
 from udas.training.engine import TrainingEngine
 from udas.training.runtime import Runtime
 
-UNIT = "supervised"  # on synthetic pictures alone: one pass
-STREAMS = {UNIT: [Stream.SOURCE]}  # every other method: all streams it takes
+UNIT = "supervised"  # on synthetic pictures alone: one pass; every other method on all streams it takes
 PRECISIONS = {"fp32": False, "bf16": True}  # precision -> channels_last
 NETWORKS = (TimmUniversalEncoder, ResnetGenerator)
 CRITICS = (PatchDiscriminator, MultiScaleDiscriminator, NLayerDiscriminator)
@@ -48,8 +47,8 @@ class Case:
     def __init__(self, context: Context, name: str, base: TrainStage) -> None:
         self.runtime, training = context.runtime, base.training
         network = base.network.model_copy(update={"weights": None})
-        settings = next((s.method for s in trainings(context.config) if s.method.name == name), {"name": name})
-        stage = TrainStage(method=settings, streams=STREAMS.get(name), network=network, training=training)
+        streams = [Stream.SOURCE] if name == UNIT else None
+        stage = TrainStage(method={"name": name}, streams=streams, network=network, training=training)
         pictures = train_streams(context, name, stage)
         self.loading = pictures, {stream: training.batch_of(stream) for stream in pictures}, training.augment
         self.method = build_method(context, name, stage).train()
@@ -87,14 +86,11 @@ class Case:
         return (time.perf_counter() - began) / count
 
 
-def trainings(config: RunConfig) -> list[TrainStage]:
-    return [stage for stage in config.stages.values() if isinstance(stage, TrainStage)]
-
-
 def measure(run: str, overrides: list[str], steps: int, repeats: int) -> dict:
     """What was timed, where, and the seconds of every case in every repeat."""
     config = load_run(run, overrides)
-    base = next(stage for stage in trainings(config) if load_method(stage.method.name).makes == "segmenter")
+    trainings = [stage for stage in config.stages.values() if isinstance(stage, TrainStage)]
+    base = next(stage for stage in trainings if load_method(stage.method.name).makes == "segmenter")
     contexts = {}
     for precision, layout in PRECISIONS.items():
         settings = config.runtime.model_copy(update={"precision": precision, "channels_last": layout})
@@ -125,27 +121,25 @@ def table(result: dict) -> str:
         return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
     lines = [
-        "| method | passes: networks + critics | steps/s fp32 | steps/s bf16 | speed-up by bf16 | step / unit, bf16 |"
+        "| method | networks + critics | steps/s fp32 | steps/s bf16 | fp32 / bf16 | bf16 / unit |",
+        "|---" * 6 + "|",
     ]
-    lines += ["|---|---:|---:|---:|---:|---:|"]
     for method, passes in result["passes"].items():
         fp32, bf16 = f"{method} fp32", f"{method} bf16"
-        speeds = (
-            f"{1 / middle[fp32]:.3g} | {1 / middle[bf16]:.3g} | {ratio(fp32, bf16)} | {ratio(bf16, f'{UNIT} bf16')}"
-        )
-        lines.append(f"| {method} | {passes} | {speeds} |")
+        speeds = [f"{1 / middle[case]:.3g}" for case in (fp32, bf16)]
+        cells = [method, passes, *speeds, ratio(fp32, bf16), ratio(bf16, f"{UNIT} bf16")]
+        lines.append(f"| {' | '.join(cells)} |")
     fastest = min(middle.keys() - {"loader"}, key=lambda case: middle[case])
-    network, training = setting["network"], setting["training"]
-    notes = [
-        f"unit: a step of `{UNIT}` on synthetic pictures. bf16 is with channels_last, fp32 without",
-        f"ratios: median (lowest to highest) over {setting['repeats']} repeats of {setting['steps']} steps, interleaved",
-        f"loader alone, on {UNIT}'s stream: {1 / middle['loader']:.3g} batches/s, "
-        f"{ratio(fastest, 'loader')} times the fastest training step ({fastest})",
-        f"{network['name']}, {network['encoder']}, crop (height, width) {training['augment']['crop']}, "
-        f"batch per stream {training['batch']}; {setting['run']} {' '.join(setting['overrides'])}",
-        ", ".join(f"{key} {value}" for key, value in result["machine"].items() if key != "precision"),
-    ]
-    return "\n".join([*lines, "", *(f"* {note}" for note in notes)]) + "\n"
+    notes = f"""
+* networks + critics: forward passes of a step. bf16 is with channels_last, fp32 without. Ratios are of seconds per
+  step: median (lowest to highest) of {setting["repeats"]} interleaved repeats of {setting["steps"]} steps.
+  The unit is `{UNIT}` on synthetic pictures.
+* Loader alone, on the unit's pictures: {1 / middle["loader"]:.3g} batches/s. Fastest training step ({fastest}) / one
+  batch of the loader: {ratio(fastest, "loader")}.
+* `{setting["run"]}` {" ".join(setting["overrides"])}; network and training settings in speed.json
+* {", ".join(f"{key} {value}" for key, value in result["machine"].items() if key != "precision")}
+"""
+    return "\n".join(lines) + "\n" + notes
 
 
 def main() -> None:
@@ -154,10 +148,10 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="changes to it, as key=value")
     parser.add_argument("--out", type=Path, required=True, help="folder for speed.md and speed.json")
     parser.add_argument("--steps", type=int, default=5, help="training steps per case and repeat")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="how often every case is timed")
     given = parser.parse_intermixed_args()
-    overrides = [*(DEMO if given.run == "demo" else []), *given.overrides]
-    result = measure(given.run, overrides, given.steps, given.repeats)
+    changes = (DEMO if given.run == "demo" else []) + given.overrides
+    result = measure(given.run, changes, given.steps, given.repeats)
     given.out.mkdir(parents=True, exist_ok=True)
     (given.out / "speed.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     (given.out / "speed.md").write_text(table(result), encoding="utf-8")

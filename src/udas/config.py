@@ -20,6 +20,7 @@ from udas.errors import ConfigError
 PRESETS = Path(__file__).parent / "presets"
 
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
+Zoom = Annotated[float, Field(ge=0.1, le=10)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -95,7 +96,7 @@ class DomainConfig(Config):
 class AugmentConfig(Config):
     """Weak augmentation in the loader's workers; label and picture move together."""
 
-    scale: tuple[float, float] = Field((1.0, 1.0), description="random zoom of the picture before the crop")
+    scale: tuple[Zoom, Zoom] = Field((1.0, 1.0), description="random zoom of the picture before the crop: from, to")
     crop: Size | None = Field(None, description="height, width of the random crop; none = the whole picture")
     flip: bool = Field(True, description="mirror left and right with probability 1/2")
     brightness: float = Field(0.2, ge=0, description="factor drawn from [1-b, 1+b]")

@@ -15,12 +15,13 @@ from udas.taxonomy import Taxonomy
 CLASSES = Taxonomy("three", ("road", "car", "sky"), ((128, 64, 128), (0, 0, 142), (70, 130, 180)))
 
 
-def task(streams, network="fcn", steps=1000):
+def task(streams, network="fcn", steps=1000, norm="train"):
     """A task whose network is always the same one."""
+    config = NetworkConfig(name=network, encoder="test_resnet", weights=None, norm=norm)
 
     def segmenter():
         torch.manual_seed(7)
-        return build_segmenter(NetworkConfig(name=network, encoder="test_resnet", weights=None), len(CLASSES.classes))
+        return build_segmenter(config, len(CLASSES.classes))
 
     return Task(CLASSES, segmenter, frozenset(streams), steps)
 

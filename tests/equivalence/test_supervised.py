@@ -19,9 +19,9 @@ STEPS = 5
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "constant"}
 
 
-def make(streams, network="fcn", **settings):
+def make(streams, network="fcn", norm="train", **settings):
     config = validate(SupervisedConfig, settings, "test")
-    return Supervised(config, task(streams, network, STEPS))
+    return Supervised(config, task(streams, network, STEPS, norm))
 
 
 def batch(step, streams):
@@ -80,8 +80,9 @@ def poly_with_warmup(t):
 
 
 CASES = {
+    # Adam turns the rounding noise of shifts before a batch norm, whose gradient is zero, into whole steps: none here.
     "source only, as by default": (
-        {},
+        {"network": "deeplabv2", "norm": "frozen"},
         {"optimiser": adamw, "rate": lambda t: [3e-4 * (1 - t / STEPS) ** 0.9] * 2, "weights": {"source": 1.0}, "losses": {}},
     ),
     "three streams, weighted": (
@@ -155,7 +156,6 @@ def test_the_average_is_the_model_and_learns_nothing_itself():
         now = method.segmenter.state_dict()[key]
         expected = (before[key] + now) / 2 if value.is_floating_point() else now
         torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-7, msg=key)
-    assert make({Stream.SOURCE}).model() is not None
     assert (plain := make({Stream.SOURCE})).model() is plain.segmenter
 
 

@@ -8,9 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.config import MethodConfig, OptimiserConfig, Share, nearest
 from udas.data.batch import Batch, Block, Stream
 from udas.data.mixing import strong
+from udas.errors import ConfigError
 from udas.losses import cross_entropy
 from udas.methods.base import Optimised, SegmentationMethod, Task
 from udas.networks.segmenters import Segmenter
@@ -72,6 +73,9 @@ def class_weights(by_name: dict[str, float], task: Task) -> Tensor:
     """[C] weights in the order of the label space. Raises `ConfigError` for an unknown class."""
     weight = torch.ones(len(task.taxonomy.classes))
     for name, value in by_name.items():
+        if name not in task.taxonomy.classes:
+            near = nearest(name, list(task.taxonomy.classes))
+            raise ConfigError(f"class_weights: {task.taxonomy.name} has no class {name!r}{near}")
         weight[task.taxonomy.index(name)] = value
     return weight
 

@@ -20,12 +20,21 @@ from udas.networks.discriminators import MultiScaleDiscriminator, PatchDiscrimin
 REAL, FAKE = 1.0, 0.0  # what the critic should say of labelled-domain and of target predictions
 
 
+class CriticOptimiser(OptimiserConfig):
+    """Adam as the AdaptSegNet family uses it for its discriminators."""
+
+    name: Literal["sgd", "adam", "adamw"] = "adam"
+    lr: float = Field(1e-4, gt=0, description="base learning rate")
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = Field((0.9, 0.99), description="Adam and AdamW only")
+
+
 class UDASConfig(MethodConfig):
     """Settings of the UDAS teacher."""
 
     name: Literal["udas"] = "udas"
     optimiser: OptimiserConfig = OptimiserConfig()
-    critic_optimiser: OptimiserConfig = OptimiserConfig(name="adam", lr=1e-4, betas=(0.9, 0.99), weight_decay=0)
+    critic_optimiser: CriticOptimiser = CriticOptimiser()
     adversarial: float = Field(0.001, ge=0, description="lambda_adv, weight of the output-space adversary; 0 = none")
     cutmix: float = Field(0.5, ge=0, description="lambda_cm, weight of domain CutMix; used when real labels exist")
     source: float = Field(1.0, ge=0, description="weight of L_seg on pure synthetic pictures; 0 = mixed pictures only")

@@ -106,8 +106,13 @@ class Context:
     def _cached(self, pictures: PictureSet) -> PictureSet:
         if not self.config.cache:
             return pictures
-        with Bar(f"cache {pictures.domain}", len(pictures), unit="pictures", visible=self.runtime.main) as bar:
-            return build_cache(pictures, self.folder / "cache", bar)
+        if not self.runtime.main:
+            self.runtime.barrier()  # the main process writes the arrays, the others find them
+            return build_cache(pictures, self.folder / "cache")
+        with Bar(f"cache {pictures.domain}", len(pictures), unit="pictures") as bar:
+            cached = build_cache(pictures, self.folder / "cache", bar)
+        self.runtime.barrier()
+        return cached
 
 
 ADVICE = {

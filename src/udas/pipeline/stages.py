@@ -113,7 +113,12 @@ def _score(
 def _validation(context: Context) -> Callable[[nn.Module], dict[str, Any]] | None:
     if context.validation is None:
         return None
-    return lambda model: _score(context, model, context.config.protocol, None)
+
+    def validate(model: nn.Module) -> dict[str, Any]:
+        scores = _score(context, model, context.config.protocol, None)
+        return {key: scores[key] for key in ("miou", "pixel_accuracy", "iou")}
+
+    return validate
 
 
 # ------------------------------------------------------------------------------------------------ building blocks

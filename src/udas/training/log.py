@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
@@ -90,11 +90,10 @@ class Bar:
 
     def __init__(self, title: str, total: int, done: int = 0, unit: str = "steps", visible: bool = True) -> None:
         columns = (
-            TextColumn("{task.description:<22}"),
-            BarColumn(),
+            TextColumn("{task.description:<20}"),
+            BarColumn(bar_width=10),  # all fits into 80 columns
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]:>6} {task.fields[unit]}/s"),
-            TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
