@@ -3,9 +3,9 @@
     python benchmarks/speed.py --out docs/results/speed
     python benchmarks/speed.py my_run.yaml training.batch=8 "training.augment.crop=[512, 512]" --out speed
 
-Without a run file it takes the demo's data, rendered on first use. Every method, with its default
-settings, trains the same network on the same crops and batch: those of the first stage that trains a segmenter. Every repeat times
-every case once, so that a busy moment of the machine meets all of them; ratios are taken within a repeat.
+Without a run file it takes the demo's data, rendered on first use. Every method, with its default settings, trains the
+network of the run's first segmentation stage on its crops and batch. Every repeat times every case once, so that a
+busy moment of the machine meets all of them; ratios are taken within a repeat.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import Counter
 from pathlib import Path
 from statistics import median
 
 import torch
 from segmentation_models_pytorch.encoders import TimmUniversalEncoder
+from torch.nn.modules.module import register_module_forward_hook
 
 from udas import __version__
 from udas.data.batch import Stream
@@ -33,7 +33,7 @@ from udas.training.engine import TrainingEngine
 from udas.training.runtime import Runtime
 
 UNIT = "supervised"  # on synthetic pictures alone: one pass; every other method on all streams it takes
-PRECISIONS = {"fp32": False, "bf16": True}  # precision -> channels_last
+PRECISIONS = ("fp32", "bf16")
 NETWORKS = (TimmUniversalEncoder, ResnetGenerator)
 CRITICS = (PatchDiscriminator, MultiScaleDiscriminator, NLayerDiscriminator)
 DEMO = ["training.batch=4", "training.augment.crop=[128, 128]"]
@@ -46,16 +46,14 @@ class Case:
 
     def __init__(self, context: Context, name: str, base: TrainStage) -> None:
         self.runtime, training = context.runtime, base.training
-        network = base.network.model_copy(update={"weights": None})
         streams = [Stream.SOURCE] if name == UNIT else None
-        stage = TrainStage(method={"name": name}, streams=streams, network=network, training=training)
+        stage = TrainStage(method={"name": name}, streams=streams, network=base.network, training=training)
         pictures = train_streams(context, name, stage)
         self.loading = pictures, {stream: training.batch_of(stream) for stream in pictures}, training.augment
-        self.method = build_method(context, name, stage).train()
-        self.method.to(self.runtime.device, memory_format=self.runtime.memory_format)
+        device, layout = context.runtime.device, context.runtime.memory_format
+        self.method = build_method(context, name, stage).train().to(device, memory_format=layout)
         self.engine = TrainingEngine(self.method, self.runtime, training.steps)
-        batch = next(iter(make_loader(*self.loading, 0, 0, 1)))
-        self.batch = batch.to(self.runtime.device, self.runtime.memory_format)
+        self.batch = next(iter(make_loader(*self.loading, 0, 0, 1))).to(device, layout)
 
     def seconds(self, steps: int) -> float:
         """Seconds per training step."""
@@ -69,21 +67,17 @@ class Case:
 
     def passes(self) -> str:
         """Forward passes of one step: through the networks that learn the task + through critics."""
-        seen: Counter[type] = Counter()
-        parts = [part for part in self.method.modules() if isinstance(part, NETWORKS + CRITICS)]
-        hooks = [part.register_forward_hook(lambda part, *_: seen.update([type(part)])) for part in parts]
+        seen: list[torch.nn.Module] = []
+        hook = register_module_forward_hook(lambda part, *_: seen.append(part))
         self.seconds(1)
-        for hook in hooks:
-            hook.remove()
-        return " + ".join(str(sum(seen[kind] for kind in kinds)) for kinds in (NETWORKS, CRITICS))
+        hook.remove()
+        return " + ".join(str(sum(isinstance(part, kinds) for part in seen)) for kinds in (NETWORKS, CRITICS))
 
     def loader_seconds(self, batches: int) -> float:
         """Seconds per batch of the loader alone, with the run's workers; the first two batches start them."""
-        loader = iter(make_loader(*self.loading, 0, 0, batches + 2, workers=self.runtime.workers))
-        next(loader), next(loader)
-        began = time.perf_counter()
-        count = sum(1 for _ in loader)
-        return (time.perf_counter() - began) / count
+        loader = make_loader(*self.loading, 0, 0, batches + 2, workers=self.runtime.workers)
+        arrivals = [time.perf_counter() for _ in loader]
+        return (arrivals[-1] - arrivals[1]) / batches
 
 
 def measure(run: str, overrides: list[str], steps: int, repeats: int) -> dict:
@@ -91,10 +85,8 @@ def measure(run: str, overrides: list[str], steps: int, repeats: int) -> dict:
     config = load_run(run, overrides)
     trainings = [stage for stage in config.stages.values() if isinstance(stage, TrainStage)]
     base = next(stage for stage in trainings if load_method(stage.method.name).makes == "segmenter")
-    contexts = {}
-    for precision, layout in PRECISIONS.items():
-        settings = config.runtime.model_copy(update={"precision": precision, "channels_last": layout})
-        contexts[precision] = Context(config, Path("runs/speed"), Runtime.start(settings))
+    runtimes = {p: config.runtime.model_copy(update={"precision": p, "channels_last": p == "bf16"}) for p in PRECISIONS}
+    contexts = {p: Context(config, Path("runs/speed"), Runtime.start(runtime)) for p, runtime in runtimes.items()}
     cases = {f"{m} {p}": Case(context, m, base) for m in METHODS for p, context in contexts.items()}
     passes = {method: cases[f"{method} fp32"].passes() for method in METHODS}
     for case in cases.values():
@@ -107,7 +99,7 @@ def measure(run: str, overrides: list[str], steps: int, repeats: int) -> dict:
     runtime = contexts["bf16"].runtime
     machine = runtime.describe() | {"workers": runtime.workers, "udas": __version__, "torch": torch.__version__}
     setting = {"run": run, "overrides": overrides, "steps": steps, "repeats": repeats}
-    setting |= {part: getattr(base, part).model_dump(mode="json") for part in ("network", "training")}
+    setting |= base.model_dump(mode="json", include={"network", "training"})
     return {"machine": machine, "setting": setting, "passes": passes, "seconds": rounds}
 
 
@@ -120,20 +112,16 @@ def table(result: dict) -> str:
         values = [times[above] / times[below] for times in rounds]
         return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
-    lines = [
-        "| method | networks + critics | steps/s fp32 | steps/s bf16 | fp32 / bf16 | bf16 / unit |",
-        "|---" * 6 + "|",
-    ]
+    head = "| method | networks + critics | steps/s fp32 | steps/s bf16 | fp32 / bf16 | bf16 / unit |"
+    lines = [head, "|---" * 6 + "|"]
     for method, passes in result["passes"].items():
         fp32, bf16 = f"{method} fp32", f"{method} bf16"
-        speeds = [f"{1 / middle[case]:.3g}" for case in (fp32, bf16)]
-        cells = [method, passes, *speeds, ratio(fp32, bf16), ratio(bf16, f"{UNIT} bf16")]
-        lines.append(f"| {' | '.join(cells)} |")
+        speeds = f"{1 / middle[fp32]:.3g} | {1 / middle[bf16]:.3g}"
+        lines.append(f"| {method} | {passes} | {speeds} | {ratio(fp32, bf16)} | {ratio(bf16, f'{UNIT} bf16')} |")
     fastest = min(middle.keys() - {"loader"}, key=lambda case: middle[case])
     notes = f"""
-* networks + critics: forward passes of a step. bf16 is with channels_last, fp32 without. Ratios are of seconds per
-  step: median (lowest to highest) of {setting["repeats"]} interleaved repeats of {setting["steps"]} steps.
-  The unit is `{UNIT}` on synthetic pictures.
+* networks + critics: forward passes of a step. Unit: `{UNIT}` on synthetic pictures. bf16 is with channels_last.
+  Ratios of seconds per step: median (lowest to highest), {setting["repeats"]} interleaved repeats of {setting["steps"]}.
 * Loader alone, on the unit's pictures: {1 / middle["loader"]:.3g} batches/s. Fastest training step ({fastest}) / one
   batch of the loader: {ratio(fastest, "loader")}.
 * `{setting["run"]}` {" ".join(setting["overrides"])}; network and training settings in speed.json
@@ -153,8 +141,8 @@ def main() -> None:
     changes = (DEMO if given.run == "demo" else []) + given.overrides
     result = measure(given.run, changes, given.steps, given.repeats)
     given.out.mkdir(parents=True, exist_ok=True)
-    (given.out / "speed.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (given.out / "speed.md").write_text(table(result), encoding="utf-8")
+    (given.out / "speed.json").write_text(json.dumps(result, indent=1) + "\n")
+    (given.out / "speed.md").write_text(table(result))
     print(table(result))
 
 

@@ -7,7 +7,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ import pytest
 from tiny_run import make_world, run_file, same_tensors, settings, tensors_below
 
 KILLS = 10
+TRAINING = {"steps": 6, "batch": 2}
+LOGGING = {"every": 2, "checkpoint_every": 2, "evaluate_every": 3}
 CROP = {"augment": {"crop": [32, 32]}}
 STAGES: dict[str, Any] = {
     "style": {"method": settings("cyclegan"), "training": CROP},
@@ -32,50 +33,30 @@ STAGES: dict[str, Any] = {
 }
 """Every kind of stage, and of memory: optimisers, averaged weights, an image pool, critics."""
 
-Attempt = Callable[[list[str], float | None, Path], int | None]
-"""(arguments of udas, seconds until the kill or None, file for what is printed) -> exit code, None when killed."""
+Attempt = Callable[[Path, float | None], tuple[int | None, float]]
+"""(folder of the run, seconds of processor time until the kill) -> (exit code or None if killed, seconds used)."""
 
 
-@pytest.fixture(scope="module")
-def forked() -> Iterator[Attempt]:
-    """Starts udas by forking a process that has imported it already."""
+@pytest.fixture(params=["forked", pytest.param("fresh", marks=pytest.mark.slow)])
+def attempt(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Attempt]:
+    """`udas run`, forked from a process that has imported it already or started as users do, with its imports."""
+    world, output = make_world(tmp_path / "world"), tmp_path / "output.txt"
+    file = run_file(tmp_path / "run.yaml", world, STAGES, training=TRAINING, logging=LOGGING)
     command = [sys.executable, str(Path(__file__).with_name("zygote.py"))]
-    with subprocess.Popen(
-        command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as zygote:
-        assert zygote.stdin is not None
-        assert zygote.stdout is not None
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as zygote:
 
-        def attempt(argv: list[str], after: float | None, output: Path) -> int | None:
-            zygote.stdin.write(json.dumps({"argv": argv, "after": after, "output": str(output)}) + "\n")
+        def run(folder: Path, after: float | None) -> tuple[int | None, float]:
+            job = {"argv": ["run", str(file), "--out", str(folder)], "after": after, "output": str(output)}
+            zygote.stdin.write(json.dumps(job | {"fresh": request.param == "fresh"}) + "\n")
             zygote.stdin.flush()
-            return json.loads(zygote.stdout.readline())
+            code, used = json.loads(zygote.stdout.readline())
+            assert code in (None, 0), output.read_text()
+            return code, used
 
-        yield attempt
+        yield run
         zygote.stdin.close()
-
-
-@pytest.fixture(scope="module")
-def started() -> Attempt:
-    """Starts udas as a user does; its imports take longer than the run."""
-
-    def attempt(argv: list[str], after: float | None, output: Path) -> int | None:
-        with output.open("a") as file:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "udas", *argv], env=environment(), stdout=file, stderr=file
-            )
-        try:
-            return process.wait(after)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            return None
-
-    return attempt
-
-
-def environment() -> dict[str, str]:
-    return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def results(folder: Path) -> dict[str, bytes]:
@@ -84,32 +65,17 @@ def results(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 
-@pytest.mark.parametrize("launcher", ["forked", pytest.param("started", marks=pytest.mark.slow)])
-def test_ten_kills_change_no_bit_of_any_network(launcher: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    attempt: Attempt = request.getfixturevalue(launcher)
-    world = make_world(tmp_path / "world")
-    file = run_file(
-        tmp_path / "run.yaml", world, STAGES, training={"steps": 6, "batch": 2},
-        logging={"every": 2, "checkpoint_every": 2, "evaluate_every": 3},
-    )  # fmt: skip
-    output = tmp_path / "output.txt"
-
-    def command(folder: Path) -> list[str]:
-        return ["run", str(file), "--out", str(folder)]
-
-    began = time.monotonic()
-    assert attempt(command(tmp_path / "whole"), None, output) == 0, output.read_text()
-    duration = time.monotonic() - began
-    whole, tensors = results(tmp_path / "whole"), tensors_below(tmp_path / "whole")
+def test_ten_kills_change_no_bit_of_any_network(attempt: Attempt, tmp_path: Path) -> None:
+    _, duration = attempt(tmp_path / "whole", None)
+    expected, tensors = results(tmp_path / "whole"), tensors_below(tmp_path / "whole")
     assert len([name for name in tensors if "/last.safetensors" in name]) > 100
 
     chance, kills, number = random.Random(0), 0, 0
     while kills < KILLS:  # a run that finishes before the last kill is followed by another one
         folder, number = tmp_path / f"killed{number}", number + 1
-        while (code := attempt(command(folder), chance.uniform(0, 0.7 * duration), output)) is None:
+        while attempt(folder, chance.uniform(0, 0.6 * duration))[0] is None:
             kills += 1
-        assert code == 0, output.read_text()
         after = {name: tensor for name, tensor in tensors_below(folder).items() if not name.startswith("old/")}
         assert same_tensors(after, tensors)
-        assert results(folder) == whole
+        assert results(folder) == expected
         assert not [path for path in folder.rglob(".*") if path.name != ".lock"]

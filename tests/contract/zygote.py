@@ -1,7 +1,8 @@
 """Runs `python -m udas` many times without importing torch again: one fork per line of JSON on standard input.
 
-A line is {"argv": [...], "after": seconds or null, "output": file}; the answer is the exit code, or null when the
-process was killed (SIGKILL) because it was still alive after that time.
+A line is {"argv": [...], "after": seconds or null, "output": file, "fresh": bool}. The process is killed (SIGKILL) when
+it has used that much processor time, which counts its work even where many others compute. The answer is [exit code,
+or null when it was killed; seconds of processor time it used]. With `fresh` Python starts anew.
 """
 
 from __future__ import annotations
@@ -14,16 +15,19 @@ import signal
 import sys
 import time
 import traceback
+from pathlib import Path
 from typing import Any
 
 IMPORTED_ONLY_WHEN_NEEDED = ["udas.pipeline.run", "kornia", "matplotlib.pyplot", "torch.utils.tensorboard", "udas.cli"]
 
 
-def become_udas(argv: list[str], output: str) -> None:
+def become_udas(argv: list[str], output: str, fresh: bool) -> None:
     """What `python -m udas ARGV` does, in this process; does not return."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
+    if fresh:
+        os.execv(sys.executable, [sys.executable, "-m", "udas", *argv])
     sys.argv = ["udas", *argv]
     code: Any = 0
     try:
@@ -37,17 +41,22 @@ def become_udas(argv: list[str], output: str) -> None:
     os._exit(code)
 
 
-def kill_later(child: int, after: float | None) -> int | None:
-    """Wait for `child`; kill it when it lives longer than `after` seconds."""
-    deadline = time.monotonic() + (after if after is not None else 300)
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+def wait(child: int, after: float | None) -> tuple[int | None, float]:
+    """Wait for `child`; kill it when it has used more than `after` seconds of processor time."""
+    killed = False
+    while not (ended := os.wait4(child, os.WNOHANG))[0]:
+        if after is not None and not killed and processor_time(child) > after:
+            os.kill(child, signal.SIGKILL)
+            killed = True
         time.sleep(0.002)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    return None
+    _, status, used = ended
+    return None if killed else os.waitstatus_to_exitcode(status), used.ru_utime + used.ru_stime
+
+
+def processor_time(process: int) -> float:
+    """Seconds of processor time of a running process (Linux)."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def main() -> None:
@@ -57,8 +66,8 @@ def main() -> None:
         job = json.loads(line)
         child = os.fork()
         if child == 0:
-            become_udas(job["argv"], job["output"])
-        print(json.dumps(kill_later(child, job["after"])), flush=True)  # noqa: T201
+            become_udas(job["argv"], job["output"], job["fresh"])
+        print(json.dumps(wait(child, job["after"])), flush=True)
 
 
 if __name__ == "__main__":

@@ -184,10 +184,21 @@ def test_what_lies_behind_the_camera_is_cut_off() -> None:
     assert Label.FENCE not in label
 
 
+def test_a_slanting_wall_is_cut_where_it_passes_the_camera() -> None:
+    canvas = Canvas()
+    slanting = np.array([[(1, 0, -4), (13, 0, 20), (13, 3, 20), (1, 3, -4)]], np.float32)
+    canvas.add(slanting, RED, Label.WALL, Layer.PLOT, 0)
+    ids, table = canvas.finish(straight(), 0.0)
+    label = table.label[ids]
+    # In column 190 the ray x = 0.9 z meets the wall x = 3 + z / 2 at z = 7.5: its foot is 150 / 7.5 rows below row 50.
+    assert (label[50:69, 190] == Label.WALL).all()
+    assert not (label[72:, 190] == Label.WALL).any()
+
+
 def test_the_far_side_of_a_body_is_not_drawn() -> None:
     canvas = Canvas()
     faces = np.concatenate([board(10), board(14)])
-    canvas.add(faces[::-1], np.stack([RED, BLUE]), Label.VEHICLE, Layer.STREET, 10, centre=np.float32([0, 1, 12]))
+    canvas.add(faces, np.stack([BLUE, RED]), Label.VEHICLE, Layer.STREET, 10, centre=np.float32([0, 1, 12]))
     ids, table = canvas.finish(straight(), 0.0)
     assert np.array_equal(np.unique(table.colour[ids[table.label[ids] == Label.VEHICLE]], axis=0), BLUE[None])
 

@@ -38,13 +38,13 @@ def block(seed, count=2, labelled=True, confident=False, height=33, width=48):
 
 
 def naive_cross_entropy(logits, label, class_weight=None, pixel_weight=None, hard_share=1.0):
-    """Pixel by pixel in a row: probabilities, their logarithm, a sorted list of the losses."""
+    """Class by class: probabilities, their logarithm, a sorted list of the losses."""
     probability = logits.exp() / logits.exp().sum(1, keepdim=True)
-    losses = []
+    losses, weights = [], []
     for k in range(logits.shape[1]):
         here = label == k
-        loss = -probability[:, k][here].log() * (1 if class_weight is None else class_weight[k])
-        weight = torch.ones_like(loss) if pixel_weight is None else pixel_weight[here]
-        losses += list(zip(loss.tolist(), loss * weight, strict=True))
-    hardest = sorted(losses, key=lambda pair: -pair[0])[: math.ceil(hard_share * len(losses))]
-    return torch.stack([loss for _, loss in hardest]).mean()
+        losses.append(-probability[:, k][here].log() * (1 if class_weight is None else class_weight[k]))
+        weights.append(torch.ones(label.shape)[here] if pixel_weight is None else pixel_weight[here])
+    loss, weight = torch.cat(losses), torch.cat(weights)
+    hardest = loss.argsort(descending=True)[: math.ceil(hard_share * len(loss))]
+    return (loss * weight)[hardest].mean()

@@ -320,6 +320,7 @@ def test_missing_and_truncated_files(saved, tmp_path):
 def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):
     path, segmenter = saved
     before = path.read_bytes()
+    segmenter.std.mul_(2)
 
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -328,6 +329,17 @@ def test_a_full_disk_leaves_the_old_file(saved, monkeypatch):
     with pytest.raises(RunError, match="cannot be written \\(No space left on device\\)"):
         save_segmenter(path, segmenter, ROAD)
     assert path.read_bytes() == before
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
+def test_a_file_is_replaced_not_rewritten(saved):
+    path, segmenter = saved
+    before = path.read_bytes()
+    segmenter.std.mul_(2)
+    with path.open("rb") as reader:
+        save_segmenter(path, segmenter, ROAD)
+        assert reader.read() == before
+    assert path.read_bytes() != before
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 

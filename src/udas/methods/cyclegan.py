@@ -45,6 +45,9 @@ class CycleGANConfig(MethodConfig):
     lambda_b: float = Field(10.0, ge=0, description="lambda_B: weight of the cycle y -> F(y) -> G(F(y))")
     lambda_idt: float = Field(0.5, ge=0, description="lambda_idt: weight of the identity terms, times lambda_A or _B")
     pool: int = Field(50, ge=0, description="past translations each discriminator is shown again; 0 = none")
+    noise: float = Field(
+        0.0, ge=0, description="standard deviation of the noise on all that discriminators see; hides sensor noise from them"
+    )
     generators: GANOptimiser = Field(GANOptimiser(), description="optimiser of G and F")
     discriminators: GANOptimiser = Field(GANOptimiser(), description="optimiser of D_X and D_Y")
 
@@ -92,15 +95,20 @@ class CycleGAN(Method[CycleGANConfig]):
         with self.update("generators") as minimise:
             # GAN and cycle term share the graph of the translation, so they are one loss
             fake_y = self.G(x)
-            minimise(squared_distance(self.D_Y(fake_y), REAL) + lambda_a * l1(self.F(fake_y), x), "GAN + cycle of G")
+            minimise(squared_distance(self.D_Y(self._noisy(fake_y)), REAL) + lambda_a * l1(self.F(fake_y), x), "GAN + cycle of G")
             fake_x = self.F(y)
-            minimise(squared_distance(self.D_X(fake_x), REAL) + lambda_b * l1(self.G(fake_x), y), "GAN + cycle of F")
+            minimise(squared_distance(self.D_X(self._noisy(fake_x)), REAL) + lambda_b * l1(self.G(fake_x), y), "GAN + cycle of F")
             if lambda_idt > 0:
                 minimise(lambda_idt * lambda_b * l1(self.G(y), y), "identity of G")
                 minimise(lambda_idt * lambda_a * l1(self.F(x), x), "identity of F")
         with self.update("discriminators") as minimise:
-            minimise(critic_loss(self.D_Y, y, self.pool_y(fake_y.detach(), source.seeds)), "D_Y")
-            minimise(critic_loss(self.D_X, x, self.pool_x(fake_x.detach(), target.seeds)), "D_X")
+            old_y, old_x = self.pool_y(fake_y.detach(), source.seeds), self.pool_x(fake_x.detach(), target.seeds)
+            minimise(critic_loss(self.D_Y, self._noisy(y), self._noisy(old_y)), "D_Y")
+            minimise(critic_loss(self.D_X, self._noisy(x), self._noisy(old_x)), "D_X")
+
+    def _noisy(self, image: Tensor) -> Tensor:
+        """Instance noise (Sonderby et al., ICLR 2017), so that a discriminator cannot win on fine grain alone."""
+        return image + self.config.noise * torch.randn_like(image) if self.config.noise else image
 
     def model(self) -> Translator:
         """G on pictures of any size in [0, 1]."""

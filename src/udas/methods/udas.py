@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from udas.config import MethodConfig, OptimiserConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.mixing import cutmix_boxes, jitter, paste
+from udas.errors import ConfigError
 from udas.losses import binary_cross_entropy, cross_entropy, squared_distance
 from udas.methods.base import Minimise, Optimised, SegmentationMethod, Task
 from udas.networks.discriminators import MultiScaleDiscriminator, PatchDiscriminator
@@ -66,6 +67,8 @@ class UDAS(SegmentationMethod[UDASConfig]):
 
     def __init__(self, config: UDASConfig, task: Task) -> None:
         super().__init__(config, task, config.average)
+        if not config.source and Stream.LABELLED not in task.streams:
+            raise ConfigError("source: 0 leaves nothing to learn from, since there are no labelled real pictures to mix in")
         critic = PatchDiscriminator if config.critic == "patch" else MultiScaleDiscriminator
         outputs = self.segmenter.decoder.num_levels
         self.critics = nn.ModuleList(critic(len(task.taxonomy.classes)) for _ in range(outputs))
@@ -84,7 +87,7 @@ class UDAS(SegmentationMethod[UDASConfig]):
         assert source is not None
         assert target is not None
         with self.update("segmenter") as minimise:
-            if self.config.source or labelled is None:
+            if self.config.source:
                 real = self._learn(minimise, source, self.config.source, "source")
             if labelled is not None:
                 mixed = domain_cutmix(source, labelled, self.config.jitter)

@@ -31,6 +31,9 @@ class GeneratorConfig(Config):
     upsample: Literal["transposed", "bilinear"] = Field(
         "transposed", description="transposed: the paper's; bilinear: resize then convolve, no checkerboard"
     )
+    residual: bool = Field(
+        False, description="learn the change of the picture, not the picture: begins as the identity, for short trainings"
+    )
 
 
 class ResnetGenerator(nn.Module):
@@ -67,8 +70,8 @@ class ResnetGenerator(nn.Module):
                 f"a picture of {height} x {width}: the generator is trained on sides that are multiples of {STRIDE} "
                 f"and at least {SMALLEST}; set the crop so"
             )
-        # tanh in float32: bfloat16 has too few steps near white and black
-        return torch.tanh(full_precision(self.layers(image)))
+        painted = full_precision(self.layers(image))  # bfloat16 has too few steps near white and black
+        return F.hardtanh(image + painted) if self.config.residual else torch.tanh(painted)
 
 
 class Translator(nn.Module):

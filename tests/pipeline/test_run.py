@@ -1,0 +1,256 @@
+"""A chain of stages: what is done, what is kept, and what a plan, a failure or a second run leaves behind."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.console import Console
+
+from tiny_run import CPU, QUIET, loaded, make_world, raw_run, run_file
+from udas.config import validate
+from udas.errors import ConfigError, DataError, RunError
+from udas.pipeline import run as pipeline
+from udas.pipeline.config import RunConfig, expand
+from udas.pipeline.context import Context
+from udas.pipeline.plan import plan
+from udas.pipeline.run import run, show_plan
+
+FIRST = {"first": {"method": {"name": "supervised"}, "streams": ["source"], "training": {"augment": {"crop": [32, 32]}}}}
+SECOND = {"labels": {"kind": "label", "model": "first", "rule": {"views": 1, "threshold": 0.0}}}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of `FIRST` and `SECOND`; nothing may write there."""
+    folder = tmp_path_factory.mktemp("finished")
+    run(configured(world, folder), folder, CPU, QUIET)
+    return folder
+
+
+def configured(world: Path, folder: Path, *overrides: str) -> RunConfig:
+    return loaded(run_file(folder / "file.yaml", world, FIRST | SECOND), *overrides)
+
+
+def actions(config: RunConfig, folder: Path) -> dict[str, str]:
+    return {item.name: str(item.action) for item in plan(Context(config, folder, CPU))}
+
+
+def manifest(folder: Path, stage: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / stage / "manifest.json").read_text())
+    return content
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    """Size and time of everything below `folder`."""
+    return {str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+
+def test_a_new_run_starts_and_a_finished_one_is_reused(world: Path, finished: Path, tmp_path: Path) -> None:
+    names = ["first", "evaluate_first", "labels"]
+    assert actions(configured(world, tmp_path), tmp_path / "new") == dict.fromkeys(names, "start")
+    assert actions(configured(world, tmp_path), finished) == dict.fromkeys(names, "reuse")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("training.steps=3", ["restart", "restart", "restart"]),
+        ("seed=1", ["restart", "restart", "restart"]),
+        ("stages.labels.rule.views=2", ["reuse", "reuse", "restart"]),
+        ("protocol={flips: true}", ["reuse", "restart", "reuse"]),
+        ("data.target.labelled=none", ["reuse", "reuse", "reuse"]),  # the stage trains on synthetic labels only
+        ("logging.every=7", ["reuse", "reuse", "reuse"]),
+        ("stages.first.title=another", ["reuse", "reuse", "reuse"]),
+        ("runtime.workers=3", ["reuse", "reuse", "reuse"]),
+    ],
+)
+def test_what_a_change_makes_again(world: Path, finished: Path, tmp_path: Path, override: str, expected: list[str]) -> None:
+    assert list(actions(configured(world, tmp_path, override), finished).values()) == expected
+
+
+def test_unfinished_stages_resume_and_folders_of_unknown_origin_are_not_used(
+    world: Path, finished: Path, tmp_path: Path
+) -> None:
+    for stage, content in (("first", manifest(finished, "first") | {"state": "running"}), ("labels", None)):
+        (tmp_path / stage).mkdir()
+        if content:
+            (tmp_path / stage / "manifest.json").write_text(json.dumps(content))
+    planned = actions(configured(world, tmp_path), tmp_path)
+    assert planned == {"first": "resume", "evaluate_first": "start", "labels": "restart"}
+
+
+def test_a_plan_tells_and_writes_nothing(world: Path, finished: Path, tmp_path: Path) -> None:
+    config, out = configured(world, tmp_path, "stages.labels.rule.views=2"), io.StringIO()
+    before = files(finished) | files(world) | files(tmp_path)
+    show_plan(config, finished, CPU, Console(file=out, width=200))
+    show_plan(config, tmp_path / "new", CPU, Console(file=out, width=200))
+    assert files(finished) | files(world) | files(tmp_path) == before
+    text = out.getvalue()
+    assert "finished with this configuration" in text
+    assert "configuration, data or an earlier stage changed; the old folder is moved aside" in text
+    assert "not there yet" in text
+
+
+# ------------------------------------------------------------------------------------------------------ carrying out
+
+
+def test_a_finished_run_is_not_touched_but_for_its_report(world: Path, finished: Path) -> None:
+    before = {p: s for p, s in files(finished).items() if Path(p).is_file() and Path(p).parent != finished}
+    run(configured(world, finished), finished, CPU, QUIET)
+    after = files(finished)
+    assert {path: after[path] for path in before} == before
+
+
+def test_results_are_written_with_every_stages_manifest(finished: Path) -> None:
+    assert {manifest(finished, stage)["state"] for stage in ("first", "evaluate_first", "labels")} == {"done"}
+    assert manifest(finished, "evaluate_first")["uses"] == {"model": "first"}
+    assert (manifest(finished, "first")["method"], manifest(finished, "first")["steps"]) == ("supervised", 2)
+    assert yaml.safe_load((finished / "run.yaml").read_text())["stages"].keys() == {"first", "evaluate_first", "labels"}
+    assert json.loads((finished / "results.json").read_text())
+    assert (finished / "report.html").stat().st_size > 1000
+
+
+def test_a_changed_configuration_moves_the_old_work_aside(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+
+    def train(context: Context, name: str, stage: Any, folder: Path) -> None:
+        steps.append(stage.training.steps)
+        (folder / "work").write_text(str(stage.training.steps))
+
+    replace_runners(monkeypatch, train=train)
+    for count in (2, 3, 2):
+        run(configured(world, tmp_path, f"training.steps={count}"), tmp_path, CPU, QUIET)
+    assert steps == [2, 3, 2]
+    kept = {place: (tmp_path / place / "work").read_text() for place in ("first", "old/first.0", "old/first.1")}
+    assert kept == {"first": "2", "old/first.0": "2", "old/first.1": "3"}
+
+
+def replace_runners(monkeypatch: pytest.MonkeyPatch, **runners: Any) -> None:
+    """Stages that do nothing, except for those given."""
+    nothing = dict.fromkeys(pipeline.RUNNERS, lambda *_: None)
+    monkeypatch.setattr(pipeline, "RUNNERS", nothing | runners)
+    monkeypatch.setattr(pipeline, "write_results", lambda folder: folder / "report.html")
+
+
+def test_a_failing_stage_stops_the_run_and_costs_no_finished_work(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done, broken = [], [True]
+
+    def train(context: Context, name: str, stage: Any, folder: Path) -> None:
+        done.append(name)
+
+    def evaluate(context: Context, name: str, stage: Any, folder: Path) -> None:
+        done.append(name)
+        if broken.pop():
+            raise DataError("val/3.png: cannot be read")
+
+    replace_runners(monkeypatch, train=train, evaluate=evaluate)
+    config = configured(world, tmp_path)
+    with pytest.raises(DataError, match="val/3.png"):
+        run(config, tmp_path, CPU, QUIET)
+    assert done == ["first", "evaluate_first"]
+    assert manifest(tmp_path, "evaluate_first")["state"] == "failed"
+    assert actions(config, tmp_path) == {"first": "reuse", "evaluate_first": "resume", "labels": "start"}
+    broken.append(False)
+    run(config, tmp_path, CPU, QUIET)
+    assert done == ["first", "evaluate_first", "evaluate_first"]
+    assert set(actions(config, tmp_path).values()) == {"reuse"}
+
+
+def test_a_second_run_in_the_same_folder_is_refused(world: Path, tmp_path: Path) -> None:
+    holder = f"import fcntl; f = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        other.stdout.readline()
+        with pytest.raises(RunError, match=r"another udas process is running in this folder"):
+            run(configured(world, tmp_path), tmp_path, CPU, QUIET)
+        other.communicate(b"\n")
+    assert not (tmp_path / "run.yaml").exists()
+
+
+def test_the_lock_of_a_killed_run_does_not_outlive_it_in_its_loaders(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loader process is a copy that goes on for seconds after its parent was killed."""
+    holder = f"""
+import os, time
+from pathlib import Path
+from udas.pipeline.run import _locked
+from tiny_run import CPU
+with _locked(Path({str(tmp_path)!r}), CPU):
+    if os.fork() == 0:
+        os.close(0), os.close(1), time.sleep(60), os._exit(0)
+    print(1, flush=True)
+    input()
+    os.kill(os.getpid(), 9)
+"""
+
+
+def test_an_output_folder_that_cannot_be_made_is_an_error_of_the_user(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"file/run: the output folder cannot be written .* choose another with --out"):
+        run(configured(world, tmp_path), tmp_path / "file" / "run", CPU, QUIET)
+
+
+# ----------------------------------------------------------------------------------------------------------- rounds
+
+
+def rounds(**changes: Any) -> dict[str, Any]:
+    student = {"method": {"name": "supervised"}, "streams": ["pseudo"]}
+    return {"kind": "rounds", "rounds": 2, "model": "first", "student": student} | changes
+
+
+def expanded(world: Path, **changes: Any) -> RunConfig:
+    raw = raw_run(world, FIRST | {"student": rounds(**changes)})
+    return validate(RunConfig, expand(raw), "file")
+
+
+def test_rounds_are_labels_and_students_by_turns(world: Path) -> None:
+    config = expanded(world, label={"views": 2}, title="ours")
+    assert list(config.stages) == [
+        "first", "evaluate_first",
+        "student_label_1", "student_1", "evaluate_student_1",
+        "student_label_2", "student_2", "evaluate_student_2",
+    ]  # fmt: skip
+    stages: dict[str, Any] = config.stages
+    assert [stages[name].model for name in ("student_label_1", "student_label_2")] == ["first", "student_1"]
+    assert [stages[name].pseudo for name in ("student_1", "student_2")] == ["student_label_1", "student_label_2"]
+    assert stages["student_label_2"].rule.views == 2
+    assert stages["student_1"].start is None
+    assert stages["evaluate_student_2"].title == "ours, round 2"
+    assert stages["student_1"].network.encoder == "test_resnet"
+
+
+def test_students_may_start_from_their_teacher_or_from_one_stage(world: Path) -> None:
+    student = rounds()["student"]
+    teacher: dict[str, Any] = expanded(world, student=student | {"start": "teacher"}).stages
+    first: dict[str, Any] = expanded(world, student=student | {"start": "first"}).stages
+    assert [teacher[name].start for name in ("student_1", "student_2")] == ["first", "student_1"]
+    assert [first[name].start for name in ("student_1", "student_2")] == ["first", "first"]
+
+
+def test_mistakes_in_rounds_are_named(world: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        expand(raw_run(world, {"student": {"kind": "rounds", "rounds": 1, "modell": "first"}}))
+    lines = str(caught.value).splitlines()
+    assert "stages.student.modell: unknown key; did you mean 'model'?" in lines
+    assert {"stages.student.model: missing", "stages.student.student: missing"} < set(lines)
+
+
+def test_a_stage_can_only_build_on_an_earlier_one_of_the_right_kind(world: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stages.student_label_1.model: 'frist' is not an earlier train stage"):
+        expanded(world, model="frist")
