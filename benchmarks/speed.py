@@ -50,10 +50,9 @@ class Case:
         stage = TrainStage(method={"name": name}, streams=streams, network=base.network, training=training)
         pictures = train_streams(context, name, stage)
         self.loading = pictures, {stream: training.batch_of(stream) for stream in pictures}, training.augment
-        device, layout = context.runtime.device, context.runtime.memory_format
-        self.method = build_method(context, name, stage).train().to(device, memory_format=layout)
+        self.method = self.runtime.place(build_method(context, name, stage)).train()
         self.engine = TrainingEngine(self.method, self.runtime, training.steps)
-        self.batch = next(iter(make_loader(*self.loading, 0, 0, 1))).to(device, layout)
+        self.batch = next(iter(make_loader(*self.loading, 0, 0, 1))).to(self.runtime.device, self.runtime.memory_format)
 
     def seconds(self, steps: int) -> float:
         """Seconds per training step."""
@@ -121,7 +120,7 @@ def table(result: dict) -> str:
     fastest = min(middle.keys() - {"loader"}, key=lambda case: middle[case])
     notes = f"""
 * networks + critics: forward passes of a step. Unit: `{UNIT}` on synthetic pictures. bf16 is with channels_last.
-  Ratios of seconds per step: median (lowest to highest), {setting["repeats"]} interleaved repeats of {setting["steps"]}.
+  Ratios of seconds per step: median (lowest to highest) of {setting["repeats"]} repeats of {setting["steps"]}.
 * Loader alone, on the unit's pictures: {1 / middle["loader"]:.3g} batches/s. Fastest training step ({fastest}) / one
   batch of the loader: {ratio(fastest, "loader")}.
 * `{setting["run"]}` {" ".join(setting["overrides"])}; network and training settings in speed.json

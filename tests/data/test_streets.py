@@ -286,15 +286,23 @@ def test_an_interrupted_call_is_taken_up(tmp_path: Path) -> None:
     assert content(tmp_path / "cut") == content(tmp_path / "whole")
 
 
-def test_a_file_appears_only_when_it_is_complete(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def half(self: Path, data: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(data[: len(data) // 2])
+@pytest.mark.parametrize("kept", [[], ["streets.json"], ["streets.json", "labels/train/00000.png"]])
+def test_a_file_appears_only_when_it_is_complete(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: list[str]
+) -> None:
+    """The disk is full at the description, the first label or the first picture."""
+    whole, calls = Path.write_bytes, list[Path]()
+
+    def full(self: Path, data: bytes) -> int:
+        calls.append(self)
+        if len(calls) <= len(kept):
+            return whole(self, data)
+        whole(self, data[: len(data) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", half)
+    monkeypatch.setattr(Path, "write_bytes", full)
     assert "No space left" in message(RunError, ensure, config(), tmp_path)
-    assert content(tmp_path) == {}
+    assert set(content(tmp_path)) == set(kept)
 
 
 def test_more_pictures_are_added(tmp_path: Path) -> None:

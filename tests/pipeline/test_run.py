@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,9 @@ from udas.pipeline.context import Context
 from udas.pipeline.plan import plan
 from udas.pipeline.run import run, show_plan
 
-FIRST = {"first": {"method": {"name": "supervised"}, "streams": ["source"], "training": {"augment": {"crop": [32, 32]}}}}
+FIRST = {
+    "first": {"method": {"name": "supervised"}, "streams": ["source"], "training": {"augment": {"crop": [32, 32]}}}
+}
 SECOND = {"labels": {"kind": "label", "model": "first", "rule": {"views": 1, "threshold": 0.0}}}
 
 
@@ -79,7 +84,9 @@ def test_a_new_run_starts_and_a_finished_one_is_reused(world: Path, finished: Pa
         ("runtime.workers=3", ["reuse", "reuse", "reuse"]),
     ],
 )
-def test_what_a_change_makes_again(world: Path, finished: Path, tmp_path: Path, override: str, expected: list[str]) -> None:
+def test_what_a_change_makes_again(
+    world: Path, finished: Path, tmp_path: Path, override: str, expected: list[str]
+) -> None:
     assert list(actions(configured(world, tmp_path, override), finished).values()) == expected
 
 
@@ -125,7 +132,9 @@ def test_results_are_written_with_every_stages_manifest(finished: Path) -> None:
     assert (finished / "report.html").stat().st_size > 1000
 
 
-def test_a_changed_configuration_moves_the_old_work_aside(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_changed_configuration_moves_the_old_work_aside(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     steps: list[int] = []
 
     def train(context: Context, name: str, stage: Any, folder: Path) -> None:
@@ -162,7 +171,7 @@ def test_a_failing_stage_stops_the_run_and_costs_no_finished_work(
 
     replace_runners(monkeypatch, train=train, evaluate=evaluate)
     config = configured(world, tmp_path)
-    with pytest.raises(DataError, match="val/3.png"):
+    with pytest.raises(DataError, match=r"val/3\.png"):
         run(config, tmp_path, CPU, QUIET)
     assert done == ["first", "evaluate_first"]
     assert manifest(tmp_path, "evaluate_first")["state"] == "failed"
@@ -174,8 +183,11 @@ def test_a_failing_stage_stops_the_run_and_costs_no_finished_work(
 
 
 def test_a_second_run_in_the_same_folder_is_refused(world: Path, tmp_path: Path) -> None:
-    holder = f"import fcntl; f = open({str(tmp_path / '.lock')!r}, 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
-    with subprocess.Popen([sys.executable, "-c", holder], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    holder = (
+        "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.lockf(f, fcntl.LOCK_EX); print(1, flush=True); input()"
+    )
+    command = [sys.executable, "-c", holder, str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         other.stdout.readline()
         with pytest.raises(RunError, match=r"another udas process is running in this folder"):
@@ -184,20 +196,18 @@ def test_a_second_run_in_the_same_folder_is_refused(world: Path, tmp_path: Path)
     assert not (tmp_path / "run.yaml").exists()
 
 
-def test_the_lock_of_a_killed_run_does_not_outlive_it_in_its_loaders(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_lock_of_a_killed_run_does_not_outlive_it_in_its_loaders(tmp_path: Path) -> None:
     """A loader process is a copy that goes on for seconds after its parent was killed."""
-    holder = f"""
-import os, time
-from pathlib import Path
-from udas.pipeline.run import _locked
-from tiny_run import CPU
-with _locked(Path({str(tmp_path)!r}), CPU):
-    if os.fork() == 0:
-        os.close(0), os.close(1), time.sleep(60), os._exit(0)
-    print(1, flush=True)
-    input()
-    os.kill(os.getpid(), 9)
-"""
+    killed = os.fork()
+    if killed == 0:
+        with pipeline._locked(tmp_path, CPU):
+            if os.fork() == 0:
+                time.sleep(3)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(killed, 0)
+    with pipeline._locked(tmp_path, CPU):
+        assert (tmp_path / ".lock").exists()
 
 
 def test_an_output_folder_that_cannot_be_made_is_an_error_of_the_user(world: Path, tmp_path: Path) -> None:

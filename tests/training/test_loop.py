@@ -106,9 +106,11 @@ def test_the_last_checkpoint_is_one_that_continues(tmp_path: Path) -> None:
 
 def test_checkpoints_come_when_they_are_due_and_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written = []
-    monkeypatch.setattr(
-        "udas.training.loop.save_checkpoint", lambda path, *rest: written.append((path.name, rest[2].step))
-    )
+
+    def note(path: Path, method: Toy, lent: object, progress: Progress) -> None:
+        written.append((path.name, progress.step))
+
+    monkeypatch.setattr("udas.training.loop.save_checkpoint", note)
     training(tmp_path, toy(), steps=5, checkpoint_every=2).run(pictures(tmp_path / "pictures"))
     assert written == [(LAST, 2), (LAST, 4), (LAST, 5)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +10,13 @@ import torch
 
 from udas.errors import RunError
 from udas.training.runtime import Runtime, RuntimeConfig
+
+
+@pytest.fixture(autouse=True)
+def _denormals() -> Iterator[None]:
+    """What `Runtime.start` changes in the process is taken back."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 def start(**settings: Any) -> Runtime:

@@ -27,6 +27,7 @@ from udas.config import (
     Subset,
     expand_environment,
     find_yaml,
+    merge,
     nearest,
     read_yaml,
     validate,
@@ -61,15 +62,7 @@ def domain_settings(raw: str | Mapping[str, Any]) -> dict[str, Any]:
     own = {"preset": raw} if isinstance(raw, str) else dict(raw)
     preset = own.pop("preset", None)
     base = read_yaml(find_yaml(str(preset), "data")) if preset is not None else {}
-    return _merge(base, own)
-
-
-def _merge(base: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in own.items():
-        both = isinstance(value, Mapping) and isinstance(base.get(key), Mapping)
-        merged[key] = _merge(base[key], value) if both else value
-    return merged
+    return merge(base, own)
 
 
 @dataclass(frozen=True)

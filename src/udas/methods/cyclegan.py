@@ -46,7 +46,9 @@ class CycleGANConfig(MethodConfig):
     lambda_idt: float = Field(0.5, ge=0, description="lambda_idt: weight of the identity terms, times lambda_A or _B")
     pool: int = Field(50, ge=0, description="past translations each discriminator is shown again; 0 = none")
     noise: float = Field(
-        0.0, ge=0, description="standard deviation of the noise on all that discriminators see; hides sensor noise from them"
+        0.0,
+        ge=0,
+        description="standard deviation of the noise on all pictures that discriminators see",
     )
     generators: GANOptimiser = Field(GANOptimiser(), description="optimiser of G and F")
     discriminators: GANOptimiser = Field(GANOptimiser(), description="optimiser of D_X and D_Y")
@@ -95,9 +97,15 @@ class CycleGAN(Method[CycleGANConfig]):
         with self.update("generators") as minimise:
             # GAN and cycle term share the graph of the translation, so they are one loss
             fake_y = self.G(x)
-            minimise(squared_distance(self.D_Y(self._noisy(fake_y)), REAL) + lambda_a * l1(self.F(fake_y), x), "GAN + cycle of G")
+            minimise(
+                squared_distance(self.D_Y(self._noisy(fake_y)), REAL) + lambda_a * l1(self.F(fake_y), x),
+                "GAN + cycle of G",
+            )
             fake_x = self.F(y)
-            minimise(squared_distance(self.D_X(self._noisy(fake_x)), REAL) + lambda_b * l1(self.G(fake_x), y), "GAN + cycle of F")
+            minimise(
+                squared_distance(self.D_X(self._noisy(fake_x)), REAL) + lambda_b * l1(self.G(fake_x), y),
+                "GAN + cycle of F",
+            )
             if lambda_idt > 0:
                 minimise(lambda_idt * lambda_b * l1(self.G(y), y), "identity of G")
                 minimise(lambda_idt * lambda_a * l1(self.F(x), x), "identity of F")

@@ -68,7 +68,7 @@ class UDAS(SegmentationMethod[UDASConfig]):
     def __init__(self, config: UDASConfig, task: Task) -> None:
         super().__init__(config, task, config.average)
         if not config.source and Stream.LABELLED not in task.streams:
-            raise ConfigError("source: 0 leaves nothing to learn from, since there are no labelled real pictures to mix in")
+            raise ConfigError("source: 0 leaves nothing to learn from: there are no labelled real pictures to mix in")
         critic = PatchDiscriminator if config.critic == "patch" else MultiScaleDiscriminator
         outputs = self.segmenter.decoder.num_levels
         self.critics = nn.ModuleList(critic(len(task.taxonomy.classes)) for _ in range(outputs))

@@ -32,7 +32,8 @@ class GeneratorConfig(Config):
         "transposed", description="transposed: the paper's; bilinear: resize then convolve, no checkerboard"
     )
     residual: bool = Field(
-        False, description="learn the change of the picture, not the picture: begins as the identity, for short trainings"
+        False,
+        description="paint the change of the picture: begins as the identity, for short trainings",
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -14,8 +13,9 @@ from safetensors.torch import save
 from torch import Tensor
 
 from udas.config import NetworkConfig, validate
-from udas.errors import ConfigError, RunError, WeightsError
+from udas.errors import ConfigError, WeightsError
 from udas.networks.segmenters import Segmenter, build_segmenter, complete
+from udas.storage import write_atomically
 from udas.taxonomy import Taxonomy
 
 FORMAT = "udas.segmenter"
@@ -43,7 +43,7 @@ def save_segmenter(path: Path, segmenter: Segmenter, taxonomy: Taxonomy) -> None
         "normalisation": json.dumps(asdict(segmenter.normalisation)),
     }
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in segmenter.state_dict().items()}
-    _replace(path, save(tensors, metadata))
+    write_atomically(path, save(tensors, metadata))
 
 
 def load_segmenter(
@@ -134,27 +134,3 @@ def _same_normalisation(path: Path, segmenter: Segmenter, stored: Mapping[str, A
 
 def _list(names: Iterable[str]) -> str:
     return ", ".join(names)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        _sync(path.parent)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise RunError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def _sync(folder: Path) -> None:
-    """Make the new name durable, not only the content."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -17,6 +17,7 @@ from udas.config import (
     MethodConfig,
     NetworkConfig,
     find_yaml,
+    merge,
     nearest,
     override,
     read_yaml,
@@ -220,12 +221,3 @@ def _rounds(name: str, stage: dict[str, Any]) -> dict[str, Any]:
             stages[student]["start"] = model if student_start == "teacher" else student_start
         model = student
     return stages
-
-
-def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    """`change` laid over `base`, group by group."""
-    result = dict(base)
-    for key, value in change.items():
-        both = isinstance(value, dict) and isinstance(result.get(key), dict)
-        result[key] = merge(result[key], value) if both else value
-    return result

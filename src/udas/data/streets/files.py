@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +15,8 @@ from PIL import Image
 
 from udas.config import StreetsConfig
 from udas.data.streets.renderer import render
-from udas.errors import DataError, RunError
+from udas.errors import DataError
+from udas.storage import write_atomically
 from udas.taxonomy import load_taxonomy
 
 VERSION = 1
@@ -51,12 +50,12 @@ def ensure(config: StreetsConfig, root: Path, progress: Progress | None = None) 
     found = _found(root)
     wanted = world | {"pictures": _merged(root, world, config.pictures, found)}
     if wanted != found:
-        _write(root / DESCRIPTION, json.dumps(wanted, indent=2).encode())
+        write_atomically(root / DESCRIPTION, json.dumps(wanted, indent=2).encode())
     missing = [job for job in _jobs(config, root) if not all(file.exists() for file in job[1:])]
     for done, (index, image, label) in enumerate(missing, start=1):
         picture, ids = render(config.look, config.seed, index, config.size)
-        _write(label, _encoded(ids, label))
-        _write(image, _encoded(picture, image))
+        write_atomically(label, _encoded(ids, label))
+        write_atomically(image, _encoded(picture, image))
         if progress:
             progress(done, len(missing))
 
@@ -109,17 +108,3 @@ def _encoded(pixels: NDArray[np.uint8], file: Path) -> bytes:
     else:
         picture.save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def _write(file: Path, content: bytes) -> None:
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(content)
-        part.replace(file)
-    except OSError as error:
-        with suppress(OSError):
-            part.unlink(missing_ok=True)
-        raise RunError(
-            f"{file}: cannot be written ({error.strerror}); free some space or choose another `root`"
-        ) from None
