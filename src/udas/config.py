@@ -1,21 +1,20 @@
-"""The building blocks of every configuration: strict pydantic models, YAML with overrides, readable errors.
+"""The building blocks of every configuration: strict pydantic models, YAML with overrides.
 
 A run file is assembled from these blocks in `udas.pipeline.config`; a method's own settings live beside the method.
 """
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from udas.errors import ConfigError
+from udas.validation import nearest
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -191,14 +190,18 @@ def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     """Apply `a.b=value` assignments to a copy of `raw`; values are read as YAML.
 
     Raises:
-        ConfigError: when an assignment has no `=` or reaches into a value that is not a mapping.
+        ConfigError: when an assignment has no `=`, its value is not YAML, or it reaches into a value without keys.
     """
     result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(raw, sort_keys=False))
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
-        if not equals:
+        if not equals or not all(key.strip().split(".")):
             raise ConfigError(f"override {assignment!r}: expected key=value, for example seed=1")
-        _assign(result, key.strip(), yaml.safe_load(text))
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"override {assignment!r}: {text!r} is not valid YAML") from None
+        _assign(result, key.strip(), value)
     return result
 
 
@@ -212,11 +215,13 @@ def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
 
 
 def _assign(tree: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
+    *parents, last = (key.strip() for key in dotted.split("."))
     for parent in parents:
-        tree = tree.setdefault(parent, {})
+        if tree.get(parent) is None:
+            tree[parent] = {}
+        tree = tree[parent]
         if not isinstance(tree, dict):
-            raise ConfigError(f"override {dotted!r}: {parent!r} is a value, not a group of keys")
+            raise ConfigError(f"override {dotted!r}: {parent!r} is the value {tree!r}, not a group of keys")
     tree[last] = value
 
 
@@ -230,82 +235,3 @@ def expand_environment(text: str) -> str:
         return os.environ[name]
 
     return re.sub(r"\$\{(\w+)\}", value, text)
-
-
-# ---------------------------------------------------------------------------------------------- readable errors
-
-Model = TypeVar("Model", bound=BaseModel)
-
-
-def validate(model: type[Model], raw: Any, where: str) -> Model:
-    """Build `model` from `raw`.
-
-    Raises:
-        ConfigError: lists every problem, one line each, nearest names included.
-    """
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        lines = _readable(model, raw, error)
-    count = f"{len(lines)} problem{'s' if len(lines) > 1 else ''}"
-    raise ConfigError("\n".join([f"{where}: {count}", *(f"  {line}" for line in lines)]))
-
-
-def _readable(model: type[BaseModel], raw: Any, error: ValidationError) -> list[str]:
-    """One line per problem; what the branches of a union say of one value is joined."""
-    messages: dict[str, list[str]] = {}
-    for problem in error.errors():
-        place = _written(raw, problem["loc"], problem["type"] == "missing")
-        message = _message(model, place, problem["type"], problem)
-        messages.setdefault(".".join(place), []).append(message)
-    lines = []
-    for key, found in messages.items():
-        text = " or ".join(dict.fromkeys(found))
-        lines += [f"{key}: {text}"] if key else text.split("\n")
-    return lines
-
-
-def _message(model: type[BaseModel], place: list[str], kind: str, problem: Any) -> str:
-    if kind == "extra_forbidden":
-        return f"unknown key{nearest(place[-1], _siblings(model, place[:-1]))}"
-    if kind == "missing":
-        return "missing"
-    if kind == "value_error":
-        return str(problem["ctx"]["error"])
-    return f"{problem['msg'][:1].lower()}{problem['msg'][1:]} (got {problem['input']!r:.60})"
-
-
-def _written(raw: Any, location: tuple[int | str, ...], missing: bool) -> list[str]:
-    """The keys a user wrote on the way to a problem; pydantic also names the branches of unions there."""
-    place = []
-    for number, part in enumerate(location, 1):
-        known = part in raw if isinstance(raw, dict) else isinstance(raw, list) and isinstance(part, int)
-        if known:
-            raw = raw[part]
-        if known or (missing and number == len(location)):
-            place.append(str(part))
-    return place
-
-
-def _siblings(model: type[BaseModel], place: list[str]) -> list[str]:
-    """Field names of all models that can stand at `place`, found by walking annotations."""
-    models: list[type[BaseModel]] = [model]
-    for part in place:
-        fields = [m.model_fields[part].annotation for m in models if part in m.model_fields]
-        models = [found for field in fields for found in _models_in(field)] or models
-    return [name for m in models for name in m.model_fields]
-
-
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _models_in(argument)
-
-
-def nearest(name: str, choices: list[str]) -> str:
-    """The end of a message about an unknown name: the nearest choice, or all of them."""
-    near = difflib.get_close_matches(name, choices, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {near[0]!r}?"
-    return f" (choose from: {', '.join(sorted(set(choices)))})" if choices else ""

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
-from udas.config import Config, DomainConfig, find_yaml, nearest, preset_names, read_yaml, validate
+from udas.config import Config, DomainConfig, find_yaml, preset_names, read_yaml
 from udas.errors import ConfigError, DataError
+from udas.validation import nearest, validate
 
 IGNORE = 255
 """The label id of pixels that count nowhere."""

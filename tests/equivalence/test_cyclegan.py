@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from equivalence.stepping import advance, lend_engine, turns
-from udas.config import validate
 from udas.data.batch import Batch, Block
 from udas.data.sampling import seed_of
 from udas.errors import DataError
@@ -19,6 +18,7 @@ from udas.losses import squared_distance
 from udas.methods.base import Task
 from udas.methods.cyclegan import CycleGAN, CycleGANConfig, ImagePool, critic_loss
 from udas.networks.generators import load_translator
+from udas.validation import validate
 
 SMALL = {"generator": {"width": 4, "blocks": 1}, "critic_width": 4, "pool": 2}
 

@@ -9,11 +9,11 @@ import torch
 
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
 from equivalence.stepping import advance, lend_engine
-from udas.config import validate
 from udas.data.batch import IGNORE, Batch, Stream
 from udas.data.mixing import strong
 from udas.errors import ConfigError
 from udas.methods.supervised import Supervised, SupervisedConfig
+from udas.validation import validate
 
 STEPS = 5
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "constant"}

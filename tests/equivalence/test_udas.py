@@ -10,11 +10,11 @@ from torch import nn
 
 from equivalence.small import block, naive_cross_entropy, task
 from equivalence.stepping import advance, lend_engine, turns
-from udas.config import validate
 from udas.data.batch import IGNORE, Batch, Stream
 from udas.data.mixing import cutmix_boxes, jitter
 from udas.errors import ConfigError
 from udas.methods.udas import FAKE, REAL, UDAS, UDASConfig, domain_cutmix, evidence
+from udas.validation import validate
 
 STEPS = 5
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "constant"}

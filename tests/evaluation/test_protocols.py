@@ -5,10 +5,11 @@ import torch
 import torch.nn.functional as F
 from pydantic import Field
 
-from udas.config import Config, validate
+from udas.config import Config
 from udas.errors import ConfigError, RunError
 from udas.evaluation.protocols import PROTOCOLS, SUBSETS, ProtocolConfig, probabilities
 from udas.taxonomy import load_taxonomy
+from udas.validation import validate
 
 CITYSCAPES = load_taxonomy("cityscapes19").classes
 

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from udas.config import validate
 from udas.errors import ConfigError, DataError, WeightsError
 from udas.networks.generators import (
     GeneratorConfig,
@@ -17,6 +16,7 @@ from udas.networks.generators import (
     load_translator,
     save_translator,
 )
+from udas.validation import validate
 
 UPSAMPLE = ["transposed", "bilinear"]
 

@@ -17,13 +17,13 @@ import yaml
 from rich.console import Console
 
 from tiny_run import CPU, QUIET, loaded, make_world, raw_run, run_file
-from udas.config import validate
 from udas.errors import ConfigError, DataError, RunError
 from udas.pipeline import run as pipeline
 from udas.pipeline.config import RunConfig, expand
 from udas.pipeline.context import Context
 from udas.pipeline.plan import plan
 from udas.pipeline.run import run, show_plan
+from udas.validation import validate
 
 FIRST = {
     "first": {"method": {"name": "supervised"}, "streams": ["source"], "training": {"augment": {"crop": [32, 32]}}}

@@ -28,14 +28,13 @@ from udas.config import (
     expand_environment,
     find_yaml,
     merge,
-    nearest,
     read_yaml,
-    validate,
 )
 from udas.data.files import image_size, read_image, read_label, resize_image, resize_label
 from udas.data.layout import Layout, Picture, read_list
 from udas.errors import DataError
 from udas.taxonomy import IGNORE, LabelMap, Taxonomy, describe
+from udas.validation import nearest, validate
 
 
 def load_domain(raw: str | Mapping[str, Any]) -> DomainConfig:

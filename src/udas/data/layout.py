@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from glob import escape, iglob
 from pathlib import Path, PurePosixPath
 
-from udas.config import DomainConfig, nearest
+from udas.config import DomainConfig
 from udas.data.files import SUFFIXES
 from udas.errors import ConfigError, DataError
+from udas.validation import nearest
 
 _TOKEN = re.compile(r"(\*\*/|\*|\{[A-Za-z]\w*\})")
 _TREE = "_tree"  # the field that holds what `**/` stood for

@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from udas.config import Config, Size, nearest
+from udas.config import Config, Size
 from udas.errors import ConfigError, RunError
 from udas.evaluation.metrics import Reading
+from udas.validation import nearest
 
 Network = Callable[[Tensor], Tensor]
 """RGB [B, 3, H, W] in [0, 1] -> logits [B, C, H, W]; one that has `levels` can be asked for all its outputs."""

@@ -8,13 +8,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig, Share, nearest
+from udas.config import MethodConfig, OptimiserConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.mixing import strong
 from udas.errors import ConfigError
 from udas.losses import cross_entropy
 from udas.methods.base import Optimised, SegmentationMethod, Task
 from udas.networks.segmenters import Segmenter
+from udas.validation import nearest
 
 
 class SupervisedConfig(MethodConfig):

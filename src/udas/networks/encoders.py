@@ -14,8 +14,8 @@ from timm.models.resnet import Bottleneck
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from udas.config import nearest
 from udas.errors import ConfigError
+from udas.validation import nearest
 
 CAFFE_MEAN = (122.67891434, 116.66876762, 104.00698793)  # RGB, 0-255: ImageNet mean of the DeepLab v2 release
 CAFFE_EPS = 1e-3

@@ -13,10 +13,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from udas.config import Config, validate
+from udas.config import Config
 from udas.errors import DataError, WeightsError
 from udas.networks.discriminators import full_precision, init_gan
 from udas.storage import write_atomically
+from udas.validation import validate
 
 STRIDE = 4  # two halvings; the sides of a generator's input are multiples of this
 SMALLEST = 8  # below, the innermost features have a side of 1 and cannot be reflected

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from udas.config import NetworkConfig, nearest
+from udas.config import NetworkConfig
 from udas.errors import ConfigError
 from udas.networks import segnet
 from udas.networks.decoder import Decoder
@@ -21,6 +21,7 @@ from udas.networks.encoders import Normalisation, batch_norms, caffe_style, make
 from udas.networks.fcn import FCN
 from udas.networks.library import make_library_network
 from udas.networks.pretrained import load_encoder_weights
+from udas.validation import nearest
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from udas.config import NetworkConfig, validate
+from udas.config import NetworkConfig
 from udas.errors import ConfigError, WeightsError
 from udas.networks.segmenters import Segmenter, build_segmenter, complete
 from udas.storage import write_atomically
 from udas.taxonomy import Taxonomy
+from udas.validation import validate
 
 FORMAT = "udas.segmenter"
 VERSION = 1

@@ -18,10 +18,8 @@ from udas.config import (
     NetworkConfig,
     find_yaml,
     merge,
-    nearest,
     override,
     read_yaml,
-    validate,
 )
 from udas.data.batch import Stream
 from udas.data.dataset import domain_settings
@@ -31,6 +29,7 @@ from udas.names import METHODS, load_method
 from udas.pipeline.label import LabelConfig
 from udas.training.loop import LoggingConfig, TrainingConfig
 from udas.training.runtime import RuntimeConfig
+from udas.validation import nearest, validate
 
 if TYPE_CHECKING:
     MethodSettings = MethodConfig

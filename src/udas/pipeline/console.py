@@ -7,10 +7,11 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from udas.config import find_yaml, nearest, preset_names, read_yaml
+from udas.config import find_yaml, preset_names, read_yaml
 from udas.data.check import Report, SplitReport
 from udas.errors import ConfigError
 from udas.names import METHODS, load_method
+from udas.validation import nearest
 
 
 def print_check(report: Report) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 from rich.console import Console
 
-from udas.config import validate
 from udas.data.dataset import Domain, domain_settings, load_domain
 from udas.evaluation.evaluate import evaluate
 from udas.evaluation.protocols import ProtocolConfig
@@ -20,6 +19,7 @@ from udas.predict import predict
 from udas.taxonomy import Taxonomy, load_taxonomy
 from udas.training.log import Bar
 from udas.training.runtime import Runtime, RuntimeConfig
+from udas.validation import validate
 
 
 def open_domain(data: str, root: str | None, taxonomy: str | Taxonomy) -> Domain:
