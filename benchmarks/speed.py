@@ -120,7 +120,7 @@ def table(result: dict) -> str:
     fastest = min(middle.keys() - {"loader"}, key=lambda case: middle[case])
     notes = f"""
 * networks + critics: forward passes of a step. Unit: `{UNIT}` on synthetic pictures. bf16 is with channels_last.
-  Ratios of seconds per step: median (lowest to highest) of {setting["repeats"]} repeats of {setting["steps"]}.
+  Ratios of seconds per step: median (lowest to highest), {setting["repeats"]} repeats x {setting["steps"]} steps.
 * Loader alone, on the unit's pictures: {1 / middle["loader"]:.3g} batches/s. Fastest training step ({fastest}) / one
   batch of the loader: {ratio(fastest, "loader")}.
 * `{setting["run"]}` {" ".join(setting["overrides"])}; network and training settings in speed.json

@@ -45,7 +45,9 @@ def test_is_pytorchs_where_pytorch_has_it(ignored):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.sampled_from([0, 0.3, 0.9]), st.booleans(), st.booleans(), st.sampled_from([1, 0.5, 0.2]))
+@given(
+    st.integers(0, 10**6), st.sampled_from([0, 0.3, 0.9]), st.booleans(), st.booleans(), st.sampled_from([1, 0.5, 0.2])
+)
 def test_is_the_formula(seed, ignored, by_class, by_pixel, hard_share):
     logits, label = drawn(seed, ignored)
     classes = torch.tensor([0.5, 1.0, 2.0, 7.0]) if by_class else None

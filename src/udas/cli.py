@@ -34,7 +34,12 @@ Overrides = Annotated[
 ]
 Data = Annotated[str, typer.Argument(help="A data preset (`udas list data`) or a YAML file.")]
 Root = Annotated[str | None, typer.Option(help="Folder of the data set, instead of the one in the preset.")]
-Labels = Annotated[str, typer.Option("--taxonomy", help="Label space: a name (`udas list labels`) or a YAML file.")]
+Labels = Annotated[
+    str | None,
+    typer.Option(
+        "--taxonomy", help="Label space: a name (`udas list labels`) or a YAML file; the data set's own if not given."
+    ),
+]
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for the results.")]
 Model = Annotated[Path, typer.Argument(help="model.safetensors of a finished train stage.")]
 
@@ -51,7 +56,7 @@ def demo(
 @app.command(rich_help_panel="Begin here")
 def check(
     data: Data,
-    taxonomy: Labels = "street11",
+    taxonomy: Labels = None,
     root: Root = None,
     split: Annotated[list[str] | None, typer.Option(help="Splits to read; all if not given.")] = None,
 ) -> None:
@@ -186,9 +191,9 @@ def schema() -> None:
     """Print the JSON schema of run files, for completion and checks in editors."""
     import json
 
-    from udas.pipeline.config import RunConfig
+    from udas.pipeline.schema import run_schema
 
-    print(json.dumps(RunConfig.model_json_schema(), indent=2))
+    print(json.dumps(run_schema(), indent=2))
 
 
 @app.command(rich_help_panel="Look")
@@ -214,7 +219,7 @@ def _runtime(settings: RunConfig) -> Runtime:
     return Runtime.start(settings.runtime)
 
 
-def _domain(data: str, root: str | None, taxonomy: str) -> Domain:
+def _domain(data: str, root: str | None, taxonomy: str | None) -> Domain:
     from udas.pipeline.single import open_domain
 
     return open_domain(data, root, taxonomy)

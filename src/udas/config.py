@@ -164,10 +164,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except yaml.MarkedYAMLError as error:
+        line = f", line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise ConfigError(f"{path}: not valid YAML: it is not text in UTF-8") from None
     if not isinstance(content, dict):
-        raise ConfigError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
+        found = {list: "a list", type(None): "nothing"}.get(type(content), repr(content)[:60])
+        raise ConfigError(f"{path}: expected `key: value` lines, found {found}")
     return content
 
 
@@ -177,13 +183,19 @@ def preset_names(folder: str) -> list[str]:
 
 
 def find_yaml(name: str, folder: str) -> Path:
-    """A path as it is, or the packaged preset of that name. Raises `ConfigError` naming the nearest preset."""
+    """The path of a YAML file as it is, or the packaged preset of that name.
+
+    Raises:
+        ConfigError: no such preset; names the nearest one.
+    """
     if name.endswith((".yaml", ".yml")):
         return Path(name)
     path = PRESETS / folder / f"{name}.yaml"
     if path.exists():
         return path
-    raise ConfigError(f"no preset {name!r} in {folder}{nearest(name, preset_names(folder))}")
+    own = Path(f"{name}.yaml")
+    hint = f"; did you mean the file {own}?" if own.is_file() else nearest(name, preset_names(folder))
+    raise ConfigError(f"no preset {name!r} in {folder}{hint}")
 
 
 def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:

@@ -7,11 +7,15 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from udas.errors import ConfigError
 
 Place = tuple[str, ...]
 """The keys that lead to a value: ("stages", "teacher", "training", "steps")."""
+
+GROUPS = ("model_type", "model_attributes_type", "dict_type")  # pydantic's kinds of "this has to have keys"
+WHOLE = 1000  # counts like this many unfit keys: the branch of a union cannot be meant at all
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -79,17 +83,17 @@ def _explain(model: type[BaseModel], raw: Any, problem: Any) -> tuple[Place, str
         return (*place, context["discriminator"].strip("'")), f"nothing is called {tag!r}{nearest(tag, choices)}"
     if kind == "value_error":
         return place, str(context["error"])
-    wanted = "input should be keys with values" if kind == "model_type" else problem["msg"]
+    wanted = "input should be keys with values" if kind in GROUPS else problem["msg"]
     return place, f"{wanted[:1].lower()}{wanted[1:]} (got {problem['input']!r:.60})"
 
 
 def _likeliest(raw: Any, found: list[Any]) -> list[Any]:
-    """Of every union only what the branch says that fits best: the one with the fewest unfit or missing keys."""
+    """Of every union only what the branch says that fits best: the one with the fewest unknown or missing keys."""
     scores: dict[Any, dict[Any, int]] = {}
     for problem in found:
         location = problem["loc"]
         for number in _branches(raw, problem):
-            unfit = problem["type"] in ("extra_forbidden", "missing") or len(location) == number + 1
+            unfit = WHOLE if len(location) == number + 1 else problem["type"] in ("extra_forbidden", "missing")
             union = scores.setdefault(location[:number], {})
             union[location[number]] = union.get(location[number], 0) + unfit
 
@@ -136,11 +140,15 @@ def _siblings(model: type[BaseModel], raw: Any, place: Place) -> list[str]:
 
 
 def _could_be(model: type[BaseModel], raw: Any) -> bool:
-    """Whether the fixed values of `model`, such as a method's name, are those of `raw`."""
+    """Whether the fields of `model` that can have one value only, such as a method's name, have it in `raw`."""
     if not isinstance(raw, dict):
         return True
-    fixed = {name: f.annotation for name, f in model.model_fields.items() if get_origin(f.annotation) is Literal}
-    return all(raw[name] in get_args(values) for name, values in fixed.items() if name in raw)
+    choices = {name: get_args(field.annotation) for name, field in model.model_fields.items() if _is_literal(field)}
+    return all(raw[name] in values for name, values in choices.items() if name in raw and len(values) == 1)
+
+
+def _is_literal(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) is Literal
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

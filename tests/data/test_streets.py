@@ -290,17 +290,17 @@ def test_an_interrupted_call_is_taken_up(tmp_path: Path) -> None:
 def test_a_file_appears_only_when_it_is_complete(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: list[str]
 ) -> None:
-    """The disk is full at the description, the first label or the first picture."""
-    whole, calls = Path.write_bytes, list[Path]()
+    """Writing stops just before the description, the first label or the first picture gets its name."""
+    rename, calls = Path.replace, list[Path]()
 
-    def full(self: Path, data: bytes) -> int:
+    def full(self: Path, target: Path) -> Path:
         calls.append(self)
         if len(calls) <= len(kept):
-            return whole(self, data)
-        whole(self, data[: len(data) // 2])
+            return rename(self, target)
+        assert self.stat().st_size > 0
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "replace", full)
     assert "No space left" in message(RunError, ensure, config(), tmp_path)
     assert set(content(tmp_path)) == set(kept)
 

@@ -83,7 +83,12 @@ CASES = {
     # Adam turns the rounding noise of shifts before a batch norm, whose gradient is zero, into whole steps: none here.
     "source only, as by default": (
         {"network": "deeplabv2", "norm": "frozen"},
-        {"optimiser": adamw, "rate": lambda t: [3e-4 * (1 - t / STEPS) ** 0.9] * 2, "weights": {"source": 1.0}, "losses": {}},
+        {
+            "optimiser": adamw,
+            "rate": lambda t: [3e-4 * (1 - t / STEPS) ** 0.9] * 2,
+            "weights": {"source": 1.0},
+            "losses": {},
+        },
     ),
     "three streams, weighted": (
         {"weights": {"pseudo": 0.5, "source": 2.0}, "confidence": False, "optimiser": SGD},

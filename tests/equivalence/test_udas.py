@@ -198,7 +198,7 @@ def test_pictures_without_any_label_teach_nothing():
 
 
 def test_mixed_only_without_real_labels_is_a_mistake():
-    with pytest.raises(ConfigError, match="source: 0 .* no labelled real pictures"):
+    with pytest.raises(ConfigError, match=r"source: 0 .* no labelled real pictures"):
         make(UDA, source=0)
 
 

@@ -199,3 +199,15 @@ def test_load_names_what_is_wrong(tmp_path):
 def test_config_names_the_nearest_setting():
     with pytest.raises(ConfigError, match="did you mean 'blocks'"):
         validate(GeneratorConfig, {"block": 6}, "test")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradients_do_not_depend_on_the_memory_format(count):
+    """PyTorch's instance norm gives a wrong one for a single picture whose gradient is in channels_last."""
+    image, found = torch.rand(count, 3, 16, 16), []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        network = generator().to(memory_format=memory_format)
+        network(image.contiguous(memory_format=memory_format)).square().mean().backward()
+        found.append([parameter.grad for parameter in network.parameters()])
+    for plain, last in zip(*found, strict=True):
+        torch.testing.assert_close(last, plain, rtol=1e-3, atol=1e-5 * plain.abs().max().item())

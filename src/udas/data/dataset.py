@@ -32,7 +32,7 @@ from udas.config import (
 )
 from udas.data.files import image_size, read_image, read_label, resize_image, resize_label
 from udas.data.layout import Layout, Picture, read_list
-from udas.errors import DataError
+from udas.errors import ConfigError, DataError
 from udas.taxonomy import IGNORE, LabelMap, Taxonomy, describe
 from udas.validation import nearest, validate
 
@@ -56,8 +56,10 @@ def domain_settings(raw: str | Mapping[str, Any]) -> dict[str, Any]:
             merged, other values replaced), or a full mapping.
 
     Raises:
-        ConfigError: unknown preset or file.
+        ConfigError: unknown preset or file, or neither a name nor a mapping.
     """
+    if not isinstance(raw, str | Mapping):
+        raise ConfigError(f"expected a preset, a YAML file, or the keys of a data set (got {raw!r:.60})")
     own = {"preset": raw} if isinstance(raw, str) else dict(raw)
     preset = own.pop("preset", None)
     base = read_yaml(find_yaml(str(preset), "data")) if preset is not None else {}

@@ -163,13 +163,27 @@ def _bilinear(before: int, after: int) -> nn.Module:
     return nn.Sequential(nn.Upsample(scale_factor=2, mode="bilinear"), _reflected(before, after, 3))
 
 
+class _InstanceNorm(nn.InstanceNorm2d):
+    """Instance norm that may stand before something else than an activation.
+
+    On CPUs PyTorch (2.15) reads the gradient of a single picture as if it were contiguous, and so gives a wrong one
+    when it is in channels_last; an activation behind the norm happens to make it contiguous.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = super().forward(x)
+        if result.requires_grad:
+            result.register_hook(Tensor.contiguous)
+        return result
+
+
 class _Residual(nn.Module):
     """x + norm(conv(relu(norm(conv(x)))))."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         first, second = _reflected(width, width, 3), _reflected(width, width, 3)
-        self.body = nn.Sequential(*_normed(first, width), second, nn.InstanceNorm2d(width))
+        self.body = nn.Sequential(*_normed(first, width), second, _InstanceNorm(width))
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = x + self.body(x)

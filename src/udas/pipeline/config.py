@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -17,19 +17,18 @@ from udas.config import (
     MethodConfig,
     NetworkConfig,
     find_yaml,
-    merge,
     override,
     read_yaml,
 )
 from udas.data.batch import Stream
-from udas.data.dataset import domain_settings
 from udas.errors import ConfigError
 from udas.evaluation.protocols import ProtocolConfig
 from udas.names import METHODS, load_method
+from udas.pipeline.expand import Expansion
 from udas.pipeline.label import LabelConfig
 from udas.training.loop import LoggingConfig, TrainingConfig
 from udas.training.runtime import RuntimeConfig
-from udas.validation import nearest, validate
+from udas.validation import Place, listing, nearest, problems
 
 if TYPE_CHECKING:
     MethodSettings = MethodConfig
@@ -112,34 +111,40 @@ class RunConfig(Config):
 
     @model_validator(mode="after")
     def _references(self) -> RunConfig:
-        problems = list(_reference_problems(self.stages))
-        if problems:
-            raise ValueError("\n".join(problems))
+        if found := reference_problems(self.stages):
+            raise ValueError("\n".join(f"{'.'.join(place)}: {text}" for place, text in found.items()))
         return self
 
 
 REFERENCES = {"source": "translate", "pseudo": "label", "start": "train", "model": "train"}
 """Field of a stage that names another one -> the kind it must be."""
 
+KINDS = ("train", "translate", "label", "evaluate")
+UNKNOWN = "unknown"  # the kind of a stage with a mistake in it; nothing is said of those that name it
 
-def uses(stage: StageConfig) -> dict[str, str]:
+
+def uses(stage: Any) -> dict[str, str]:
     """Role -> name of the stages that `stage` builds on."""
-    return {role: name for role in REFERENCES if (name := getattr(stage, role, None)) is not None}
+    return {role: name for role in REFERENCES if isinstance(name := _value(stage, role), str)}
 
 
-def _reference_problems(stages: dict[str, Any]) -> list[str]:
-    problems = []
+def reference_problems(stages: Mapping[str, Any]) -> dict[Place, str]:
+    """Stages, validated or not, that name one which is not there before them or is of another kind."""
+    found: dict[Place, str] = {}
     earlier: dict[str, str] = {}
     for name, stage in stages.items():
         for role, other in uses(stage).items():
-            choices = [n for n, kind in earlier.items() if kind == REFERENCES[role]]
-            if other not in choices:
-                place = f"stages.{name}.{role}"
-                problems.append(
-                    f"{place}: {other!r} is not an earlier {REFERENCES[role]} stage{nearest(other, choices)}"
-                )
-        earlier[name] = stage.kind
-    return problems
+            kind = REFERENCES[role]
+            if earlier.get(other) not in (kind, UNKNOWN):
+                choices = [candidate for candidate in earlier if earlier[candidate] == kind]
+                found["stages", name, role] = f"{other!r} is not an earlier {kind} stage{nearest(other, choices)}"
+        kind = _value(stage, "kind")
+        earlier[name] = kind if kind in KINDS else UNKNOWN
+    return found
+
+
+def _value(stage: Any, key: str) -> Any:
+    return stage.get(key) if isinstance(stage, Mapping) else getattr(stage, key, None)
 
 
 # ------------------------------------------------------------------------------------------------------- loading
@@ -151,72 +156,29 @@ def load_run(name: str, overrides: list[str] | None = None) -> RunConfig:
     Raises:
         ConfigError: one line for every problem.
     """
-    path = find_yaml(name, "runs")
-    raw = override(read_yaml(path), overrides or [])
-    raw.setdefault("name", Path(name).stem)
-    return validate(RunConfig, expand(raw), str(name))
+    raw = {"name": Path(name).stem} | read_yaml(find_yaml(name, "runs"))
+    return build_run(override(_by_keys(raw), overrides or []), name)
 
 
-def expand(raw: dict[str, Any]) -> dict[str, Any]:
-    """Write out what a run file may leave short.
-
-    Data sets given by preset, run-wide `network` and `training` as defaults of every train stage, `rounds` as label
-    and train stages, and an evaluation behind every train stage that has a segmentation network.
-    """
-    raw = copy.deepcopy(raw)
-    defaults: dict[str, Any] = {key: raw.pop(key) for key in ("network", "training") if key in raw}
+def _by_keys(raw: dict[str, Any]) -> dict[str, Any]:
+    """Data sets that are given by name alone as keys, so that overrides reach into them."""
     data = raw.get("data")
-    if isinstance(data, dict):
-        raw["data"] = data | {key: domain_settings(data[key]) for key in ("source", "target") if data.get(key)}
-    stages = raw.get("stages")
-    if isinstance(stages, dict) and all(isinstance(stage, dict) for stage in stages.values()):
-        raw["stages"] = _expand_stages(stages, defaults, raw.get("protocol", "whole"))
-    return raw
+    if not isinstance(data, dict):
+        return raw
+    named = {role: {"preset": data[role]} for role in ("source", "target") if isinstance(data.get(role), str)}
+    return raw | {"data": data | named}
 
 
-def _expand_stages(stages: dict[str, Any], defaults: dict[str, Any], protocol: Any) -> dict[str, Any]:
-    full: dict[str, Any] = {}
-    for name, stage in stages.items():
-        for new_name, new in (_rounds(name, stage) if stage.get("kind") == "rounds" else {name: stage}).items():
-            if new.get("kind", "train") != "train":
-                full[new_name] = new
-                continue
-            segments = _makes_segmenter(new)
-            given = defaults if segments else {key: defaults[key] for key in defaults.keys() - {"network"}}
-            full[new_name] = merge(given, new) | {"kind": "train"}
-            if segments and new.get("evaluate", True):
-                title = new.get("title", new_name)
-                full[f"evaluate_{new_name}"] = {
-                    "kind": "evaluate", "model": new_name, "title": title, "protocol": protocol,
-                }  # fmt: skip
-    return full
-
-
-def _makes_segmenter(stage: dict[str, Any]) -> bool:
-    method = stage.get("method")
-    name = method.get("name") if isinstance(method, dict) else None
-    return name not in METHODS or load_method(name).makes == "segmenter"
-
-
-def _rounds(name: str, stage: dict[str, Any]) -> dict[str, Any]:
-    """label_1, student_1, label_2, student_2, ...: the student of a round labels in the next one.
+def build_run(written: dict[str, Any], where: str) -> RunConfig:
+    """The run that the content of a run file describes.
 
     Raises:
-        ConfigError: when a key is missing or unknown.
+        ConfigError: one line for every problem, each at the place where it was written.
     """
-    known = {"kind", "rounds", "model", "label", "student", "title"}
-    wrong = [f"stages.{name}.{key}: unknown key{nearest(key, sorted(known))}" for key in stage.keys() - known]
-    wrong += [f"stages.{name}.{key}: missing" for key in ("rounds", "model", "student") if key not in stage]
-    if wrong:
-        raise ConfigError("\n".join(wrong))
-    stages: dict[str, Any] = {}
-    model = stage["model"]
-    for number in range(1, int(stage["rounds"]) + 1):
-        label, student = f"{name}_label_{number}", f"{name}_{number}"
-        title = f"{stage.get('title', name)}, round {number}"
-        stages[label] = {"kind": "label", "model": model, "rule": stage.get("label", {}), "title": f"{title}: labels"}
-        stages[student] = stage["student"] | {"kind": "train", "pseudo": label, "title": title}
-        if student_start := stage["student"].get("start"):
-            stages[student]["start"] = model if student_start == "teacher" else student_start
-        model = student
-    return stages
+    expansion = Expansion(written)
+    found = {place: text for place, text in problems(RunConfig, expansion.full).items() if place}
+    if not expansion.problems and isinstance(stages := expansion.full.get("stages"), dict):
+        found |= reference_problems(stages)
+    if wrong := expansion.as_written(found):
+        raise ConfigError(listing(where, wrong))
+    return RunConfig.model_validate(expansion.full)

@@ -48,6 +48,7 @@ def run(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> 
     context = Context(config, folder, runtime)
     with _locked(folder, runtime):
         planned = plan(Context(config.model_copy(update={"cache": False}), folder, runtime))
+        stages.rehearse(context, [item.name for item in planned if item.action != Action.REUSE])
         runtime.barrier()  # nobody changes a manifest before all have read it
         if runtime.main:
             remove_leftovers(folder)

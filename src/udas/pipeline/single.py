@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from udas.data.dataset import Domain, domain_settings, load_domain
+from udas.config import DomainConfig
+from udas.data.dataset import Domain, domain_settings
 from udas.evaluation.evaluate import evaluate
 from udas.evaluation.protocols import ProtocolConfig
 from udas.evaluation.table import table
@@ -22,11 +22,12 @@ from udas.training.runtime import Runtime, RuntimeConfig
 from udas.validation import validate
 
 
-def open_domain(data: str, root: str | None, taxonomy: str | Taxonomy) -> Domain:
-    """A data set by preset or YAML file, in a label space."""
-    settings: dict[str, Any] = domain_settings(data) | ({"root": root} if root else {})
-    space = load_taxonomy(taxonomy) if isinstance(taxonomy, str) else taxonomy
-    return Domain(load_domain(settings), space)
+def open_domain(data: str, root: str | None, taxonomy: str | Taxonomy | None) -> Domain:
+    """A data set by preset or YAML file, in a label space; None is the one its `map` leads to."""
+    settings = domain_settings(data) | ({"root": root} if root else {})
+    config = validate(DomainConfig, settings, data)
+    taxonomy = config.taxonomy if taxonomy is None else taxonomy
+    return Domain(config, load_taxonomy(taxonomy) if isinstance(taxonomy, str) else taxonomy)
 
 
 def evaluate_model(model: Path, data: str, root: str | None, split: str, protocol: str, out: Path) -> None:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from udas.config import NetworkConfig
 from udas.data.batch import Stream
 from udas.data.dataset import PictureSet
 from udas.data.sampling import seed_of
-from udas.errors import ConfigError
+from udas.errors import ConfigError, WeightsError
 from udas.evaluation.evaluate import evaluate
 from udas.evaluation.protocols import ProtocolConfig
 from udas.methods.base import Method, Task
@@ -125,16 +126,52 @@ def _validation(context: Context) -> Callable[[nn.Module], dict[str, Any]] | Non
 
 
 def build_method(context: Context, name: str, stage: TrainStage) -> Method[Any]:
-    """The method of a train stage with its networks, initialised from the run's seed."""
+    """The method of a train stage with its networks, initialised from the run's seed.
+
+    Raises:
+        ConfigError: settings that do not fit each other or the label space; names the stage.
+        WeightsError: weights that cannot be had or do not fit; names the stage.
+    """
     method = load_method(stage.method.name)
     torch.manual_seed(seed_of(context.config.seed, "initial weights"))
     task = Task(
         context.taxonomy, lambda: _segmenter(context, stage), context.streams(name, stage), stage.training.steps
     )  # fmt: skip
-    built: Method[Any] = method(stage.method, task)
+    try:
+        built: Method[Any] = method(stage.method, task)
+    except (ConfigError, WeightsError) as error:
+        raise type(error)(f"stages.{name}: {error}") from error
     if context.runtime.compile and method.makes == "segmenter":
         built.model().compile()
     return built
+
+
+def rehearse(context: Context, names: Iterable[str]) -> None:
+    """Build the method of every train stage among `names`, so that mistakes show before the first one starts.
+
+    Networks have no memory here (PyTorch's meta device); pretrained weights are fetched and fitted once per network.
+
+    Raises:
+        ConfigError, WeightsError: as `build_method`.
+    """
+    fitted = set()
+    for name in names:
+        stage = context.config.stages[name]
+        if not isinstance(stage, TrainStage):
+            continue
+        if stage.start is None and stage.network not in fitted and load_method(stage.method.name).makes == "segmenter":
+            fitted.add(stage.network)
+            _fit_weights(name, stage.network)
+        bare = stage.network.model_copy(update={"weights": None})
+        with torch.device("meta"):
+            build_method(context, name, stage.model_copy(update={"network": bare, "start": None}))
+
+
+def _fit_weights(name: str, network: NetworkConfig) -> None:
+    try:
+        build_segmenter(network, classes=1)
+    except (ConfigError, WeightsError) as error:
+        raise type(error)(f"stages.{name}: {error}") from error
 
 
 def _segmenter(context: Context, stage: TrainStage) -> Segmenter:

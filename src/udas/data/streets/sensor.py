@@ -48,9 +48,8 @@ def in_fog(colour: Floats, depth: Floats, fog: Fog | None) -> Floats:
 def photograph(colour: Floats, sensor: Sensor, rng: np.random.Generator) -> NDArray[np.uint8]:
     """Exposure, white balance, vignetting, blur, noise and JPEG compression; [H, W, 3] in [0, 1] to bytes."""
     height, width = colour.shape[:2]
-    exposed = colour * (_gains(sensor, rng) * _vignette(height, width, rng.uniform(*sensor.vignette)))
-    grey = (exposed @ LUMA)[..., None]
-    exposed = grey + (exposed - grey) * np.float32(rng.uniform(*sensor.saturation))
+    exposed = (colour.reshape(-1, 3) @ _response(sensor, rng)).reshape(colour.shape)
+    exposed *= _vignette(height, width, rng.uniform(*sensor.vignette))
     image = Image.fromarray(_developed(exposed, rng.uniform(*sensor.gamma)))
     image = image.filter(ImageFilter.GaussianBlur(rng.uniform(*sensor.blur) * width / 256))
     grain = _grain(height, width, rng) * np.float32(255 * rng.uniform(*sensor.noise))
@@ -79,11 +78,13 @@ def _developed(exposed: Floats, gamma: float) -> NDArray[np.uint8]:
     return table[np.clip(exposed * 1023, 0, 1023).astype(np.int16)]
 
 
-def _gains(sensor: Sensor, rng: np.random.Generator) -> Floats:
-    """Exposure and white balance: factors on red, green and blue."""
+def _response(sensor: Sensor, rng: np.random.Generator) -> Floats:
+    """Exposure, white balance and saturation as one matrix [3, 3] on row vectors (red, green, blue)."""
     warmth, tint = rng.uniform(*sensor.warmth), rng.normal(0, sensor.tint / 2)
     gains = rng.uniform(*sensor.exposure) * np.array([1 + warmth / 2, 1 + tint, 1 - warmth / 2])
-    return gains.astype(np.float32)
+    saturation = rng.uniform(*sensor.saturation)
+    mixed = saturation * np.eye(3) + (1 - saturation) * LUMA[:, None]  # towards the grey of equal luma
+    return (gains[:, None] * mixed).astype(np.float32)
 
 
 def _vignette(height: int, width: int, strength: float) -> Floats:

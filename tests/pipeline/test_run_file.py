@@ -1,0 +1,253 @@
+"""Run files: what they may leave short, where mistakes are told, and the schema that editors check them with."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from udas.config import find_yaml, preset_names, read_yaml
+from udas.errors import ConfigError
+from udas.pipeline.config import RunConfig, TrainStage, build_run, load_run
+from udas.pipeline.expand import Expansion
+from udas.pipeline.schema import run_schema
+
+DOMAIN = {
+    "name": "mine",
+    "root": "/data",
+    "images": "images/{split}/*.png",
+    "splits": {"train": "train", "val": "val"},
+    "taxonomy": "street11",
+}
+TEACHER = {"method": {"name": "udas"}}
+ROUNDS = {"kind": "rounds", "rounds": 2, "model": "teacher", "student": {"method": {"name": "supervised"}}}
+
+
+def run(stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    data = {"source": "streets_game", "target": DOMAIN}
+    return {"name": "mine", "taxonomy": "street11", "data": data, "stages": stages} | changes
+
+
+def mistakes(raw: dict[str, Any]) -> list[str]:
+    """The lines of the error, without its head."""
+    with pytest.raises(ConfigError) as caught:
+        build_run(copy.deepcopy(raw), "run.yaml")
+    head, *lines = str(caught.value).splitlines()
+    assert head == f"run.yaml: {len(lines)} problem{'s' if len(lines) > 1 else ''}"
+    assert all(line.startswith("  ") for line in lines)
+    return [line.strip() for line in lines]
+
+
+# ------------------------------------------------------------------------------------------------- what is left short
+
+
+def test_run_wide_defaults_reach_every_train_stage_that_can_use_them() -> None:
+    stages = {
+        "style": {"method": {"name": "cyclegan"}, "training": {"batch": 1}},
+        "repainted": {"kind": "translate", "model": "style"},
+        "teacher": TEACHER
+        | {"source": "repainted", "network": {"name": "fcn"}, "training": {"augment": {"flip": False}}},
+        "students": ROUNDS,
+    }
+    network, training = (
+        {"name": "segnet", "encoder": "resnet18"},
+        {"steps": 7, "batch": 3, "augment": {"crop": [32, 32]}},
+    )
+    config: Any = build_run(run(stages, network=network, training=training), "run.yaml").stages
+    assert (config["style"].training.steps, config["style"].training.batch) == (7, 1)
+    assert config["style"].network == TrainStage.model_fields["network"].default
+    assert (config["teacher"].network.name, config["teacher"].network.encoder) == ("fcn", "resnet18")
+    assert (config["teacher"].training.batch, config["teacher"].training.augment.crop) == (3, (32, 32))
+    assert config["teacher"].training.augment.flip is False
+    assert config["students_2"].network.name == "segnet"
+
+
+def test_an_evaluation_follows_every_network_that_segments() -> None:
+    stages = {
+        "style": {"method": {"name": "cyclegan"}},
+        "teacher": TEACHER | {"title": "ours"},
+        "probe": TEACHER | {"evaluate": False},
+    }
+    config: Any = build_run(run(stages, protocol="proda"), "run.yaml").stages
+    assert list(config) == ["style", "teacher", "evaluate_teacher", "probe"]
+    assert (config["evaluate_teacher"].model, config["evaluate_teacher"].title) == ("teacher", "ours")
+    assert config["evaluate_teacher"].protocol.name == "proda"
+
+
+def test_data_sets_by_name_and_with_changes(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    raw = run({"teacher": TEACHER}, data={"source": "gta5", "target": {"preset": "cityscapes", "size": [8, 16]}})
+    raw.pop("name")
+    file.write_text(yaml.safe_dump(raw | {"taxonomy": "cityscapes19"}))
+    config = load_run(str(file), ["data.source.root=/elsewhere", "data.target.labelled.count=5"])
+    assert config.name == "run"
+    assert config.data.source is not None
+    assert (config.data.source.name, config.data.source.root) == ("gta5", "/elsewhere")
+    assert (config.data.target.name, config.data.target.size) == ("cityscapes", (8, 16))
+    assert config.data.target.labelled.count == 5
+
+
+def test_the_file_is_not_changed_by_writing_it_out() -> None:
+    raw = run({"teacher": TEACHER, "students": ROUNDS}, training={"steps": 3})
+    kept = copy.deepcopy(raw)
+    assert "students_2" in Expansion(raw).full["stages"]
+    assert raw == kept
+
+
+@pytest.mark.parametrize("name", preset_names("runs"))
+def test_every_packaged_run_loads(name: str) -> None:
+    config = load_run(name)
+    assert config.name
+    assert RunConfig.model_validate(json.loads(config.model_dump_json())) == config
+
+
+# -------------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_every_mistake_of_a_file_is_told_at_once_where_it_was_written() -> None:
+    stages = {
+        "teacher": TEACHER | {"training": {"batsh": 4}},
+        "students": ROUNDS | {"label": {"view": 2}, "student": {"metod": {}, "source": "repaint"}},
+        "more": {"kind": "rounds", "rounds": 0, "modell": "teacher", "student": {}},
+    }
+    raw = run(stages, data={"source": "gta", "target": DOMAIN | {"szie": [8, 8]}}, training={"step": 3}, sede=1)
+    assert set(mistakes(raw | {"protocol": {"flip": True}})) == {
+        "data.source: no preset 'gta' in data; did you mean 'gta5'?",
+        "data.target.szie: unknown key; did you mean 'size'?",
+        "sede: unknown key; did you mean 'seed'?",
+        "protocol.flip: unknown key; did you mean 'flips'?",
+        "training.step: unknown key; did you mean 'steps'?",
+        "stages.teacher.training.batsh: unknown key; did you mean 'batch'?",
+        "stages.students.label.view: unknown key; did you mean 'views'?",
+        "stages.students.student.metod: unknown key; did you mean 'method'?",
+        "stages.students.student.method: missing",
+        "stages.more.rounds: input should be greater than 0 (got 0)",
+        "stages.more.modell: unknown key; did you mean 'model'?",
+        "stages.more.model: missing",
+    }
+
+
+def test_references_are_checked_with_everything_else() -> None:
+    stages = {
+        "style": {"method": {"name": "cyclegan"}},
+        "teacher": TEACHER | {"source": "style", "training": {"step": 3}},
+        "labels": {"kind": "label", "model": "techer"},
+        "student": {"method": {"name": "supervised"}, "pseudo": "labels", "start": "student"},
+        "students": ROUNDS | {"model": "labels"},
+    }
+    assert mistakes(run(stages)) == [
+        "stages.teacher.training.step: unknown key; did you mean 'steps'?",
+        "stages.teacher.source: 'style' is not an earlier translate stage",
+        "stages.labels.model: 'techer' is not an earlier train stage; did you mean 'teacher'?",
+        "stages.student.start: 'student' is not an earlier train stage (choose from: style, teacher)",
+        "stages.students.model: 'labels' is not an earlier train stage (choose from: student, style, teacher)",
+    ]
+
+
+def test_nothing_is_said_of_stages_that_name_a_broken_one() -> None:
+    stages = {"teacher": {"kind": "tarin"}, "labels": {"kind": "label", "model": "teacher"}}
+    assert mistakes(run(stages)) == ["stages.teacher.kind: nothing is called 'tarin'; did you mean 'train'?"]
+    stages = {"students": ROUNDS | {"rounds": "two"}, "labels": {"kind": "label", "model": "students_2"}}
+    (line,) = mistakes(run(stages))
+    assert line.startswith("stages.students.rounds: input should be a valid integer")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {"data": {"target": ["gta5"]}},
+            "data.target: expected a preset, a YAML file, or the keys of a data set (got ['gta5'])",
+        ),
+        ({"data": {"target": "no.yaml"}}, "data.target: no.yaml: no such file"),
+        ({"data": {}}, "data.target: missing"),
+        ({"data": None}, "data: input should be keys with values (got None)"),
+        ({"stages": []}, "stages: input should be keys with values (got [])"),
+        ({"stages": {"a": None}}, "stages.a: input should be keys with values (got None)"),
+    ],
+)
+def test_parts_of_the_wrong_kind(changes: dict[str, Any], line: str) -> None:
+    assert mistakes(run({"teacher": TEACHER}) | changes) == [line]
+
+
+def test_two_stages_of_one_name() -> None:
+    text = "an earlier stage makes a stage of this name by itself; choose another"
+    stages = {"teacher": TEACHER, "students": ROUNDS, "students_1": TEACHER, "evaluate_teacher": TEACHER}
+    assert set(mistakes(run(stages))) == {f"stages.{name}: {text}" for name in ("students_1", "evaluate_teacher")}
+
+
+# ---------------------------------------------------------------------------------------------------------- schema
+
+
+def fits(schema: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
+    """As much of a JSON schema's rules as ours needs."""
+    if "$ref" in schema:
+        return fits(root["$defs"][schema["$ref"].rsplit("/", 1)[1]], value, root)
+    for several in ("anyOf", "oneOf"):
+        if several in schema and not any(fits(one, value, root) for one in schema[several]):
+            return False
+    if "const" in schema and value != schema["const"]:
+        return False
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    kinds = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
+    if schema.get("type") == "null":
+        return value is None
+    if "type" in schema and not isinstance(value, kinds[schema["type"]]):
+        return False
+    if isinstance(value, dict) and ("properties" in schema or "additionalProperties" in schema):
+        return _object_fits(schema, value, root)
+    if isinstance(value, list) and isinstance(schema.get("items"), dict):
+        return all(fits(schema["items"], element, root) for element in value)
+    return not isinstance(value, dict) or set(schema.get("required", [])) <= value.keys()
+
+
+def _object_fits(schema: dict[str, Any], value: dict[str, Any], root: dict[str, Any]) -> bool:
+    known, others = schema.get("properties", {}), schema.get("additionalProperties", True)
+    for key, inner in value.items():
+        rule = known.get(key, others)
+        if rule is False or (isinstance(rule, dict) and not fits(rule, inner, root)):
+            return False
+    return set(schema.get("required", [])) <= value.keys()
+
+
+def accepted(raw: Any) -> bool:
+    schema = run_schema()
+    return fits(schema, raw, schema)
+
+
+@pytest.mark.parametrize("name", preset_names("runs"))
+def test_packaged_runs_fit_the_schema(name: str) -> None:
+    assert accepted(read_yaml(find_yaml(name, "runs")))
+
+
+def test_the_schema_knows_what_may_be_left_short_and_refuses_the_rest() -> None:
+    plain = DOMAIN | {"labels": "labels/{stem}.png", "map": {"road": 7, "sky": [1, [9, 9, 9]], "ignore": [0]}}
+    good = run(
+        {"teacher": TEACHER, "students": ROUNDS}, data={"target": plain}, training={"steps": 3}, protocol="proda"
+    )
+    assert accepted(good)
+    assert accepted(good | {"data": {"source": "gta5", "target": {"preset": "cityscapes", "labelled": {"count": 3}}}})
+    assert accepted(good | {"protocol": {"preset": "proda", "subset": "synthia16"}})
+    for changes in (
+        {"sede": 1},
+        {"training": {"step": 3}},
+        {"data": {"target": {"root": "/data"}}},
+        {"data": {"target": plain | {"szie": [3, 4]}}},
+        {"protocol": "prado"},
+        {"stages": {"students": ROUNDS | {"round": 2}}},
+        {"stages": {"teacher": {"method": {"name": "udas", "lambda": 2}}}},
+        {"stages": {"teacher": {"kind": "tarin"}}},
+    ):
+        assert not accepted(good | changes), changes
+
+
+def test_the_schema_describes_every_key_of_a_run() -> None:
+    schema = run_schema()
+    json.dumps(schema)
+    assert schema["properties"].keys() == RunConfig.model_fields.keys() | {"network", "training"}
+    assert "lambda_adv" in schema["$defs"]["UDASConfig"]["properties"]["adversarial"]["description"]
