@@ -128,15 +128,15 @@ def test_names_of_presets_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert find_yaml("gta5", "data").is_file()
     with pytest.raises(ConfigError) as caught:
         find_yaml("gta", "data")
-    assert str(caught.value) == "no preset 'gta' in data; did you mean 'gta5'?"
+    assert str(caught.value) == "no data preset 'gta'; did you mean 'gta5'?"
     with pytest.raises(ConfigError) as caught:
         find_yaml("xyz", "runs")
-    assert str(caught.value) == f"no preset 'xyz' in runs (choose from: {', '.join(preset_names('runs'))})"
+    assert str(caught.value) == f"no run preset 'xyz' (choose from: {', '.join(preset_names('runs'))})"
     (tmp_path / "my_run.yaml").touch()
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError) as caught:
         find_yaml("my_run", "runs")
-    assert str(caught.value) == "no preset 'my_run' in runs; did you mean the file my_run.yaml?"
+    assert str(caught.value) == "no run preset 'my_run'; did you mean the file my_run.yaml?"
 
 
 def test_the_nearest_name_or_all_of_them() -> None:
@@ -152,7 +152,7 @@ def test_environment_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     assert expand_environment("plain/$SOME_ROOT") == "plain/$SOME_ROOT"
     with pytest.raises(ConfigError) as caught:
         expand_environment("${OTHER_ROOT}/a")
-    expected = "${OTHER_ROOT}/a: the environment variable OTHER_ROOT is not set; export it or override `root`"
+    expected = "${OTHER_ROOT}/a: the environment variable OTHER_ROOT is not set; export it, or give `root`"
     assert str(caught.value) == expected
 
 

@@ -138,7 +138,7 @@ def test_mistakes_in_a_label_space(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_unknown_label_space() -> None:
-    with pytest.raises(ConfigError, match=r"no preset 'street1' in labels; did you mean 'street11'\?"):
+    with pytest.raises(ConfigError, match=r"no label space 'street1'; did you mean 'street11'\?"):
         load_taxonomy("street1")
 
 

@@ -17,6 +17,7 @@ from udas.errors import ConfigError
 from udas.validation import nearest
 
 PRESETS = Path(__file__).parent / "presets"
+FOLDERS = {"data": "data preset", "labels": "label space", "runs": "run preset"}
 
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 Zoom = Annotated[float, Field(ge=0.1, le=10)]
@@ -195,7 +196,7 @@ def find_yaml(name: str, folder: str) -> Path:
         return path
     own = Path(f"{name}.yaml")
     hint = f"; did you mean the file {own}?" if own.is_file() else nearest(name, preset_names(folder))
-    raise ConfigError(f"no preset {name!r} in {folder}{hint}")
+    raise ConfigError(f"no {FOLDERS[folder]} {name!r}{hint}")
 
 
 def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
@@ -243,7 +244,7 @@ def expand_environment(text: str) -> str:
     def value(match: re.Match[str]) -> str:
         name = match.group(1)
         if name not in os.environ:
-            raise ConfigError(f"{text}: the environment variable {name} is not set; export it or override `root`")
+            raise ConfigError(f"{text}: the environment variable {name} is not set; export it, or give `root`")
         return os.environ[name]
 
     return re.sub(r"\$\{(\w+)\}", value, text)

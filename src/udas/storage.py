@@ -10,17 +10,28 @@ from pathlib import Path
 from udas.errors import RunError
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` in one instant. Raises `RunError` when the disk is full or not writable."""
+def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
+    """Replace `path` by `content` in one instant.
+
+    Args:
+        path: the file; its folder is made when absent.
+        content: all of it.
+        durable: wait until it survives a power cut, too; not worth it for what can be made again at once.
+
+    Raises:
+        RunError: the disk is full or not writable.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                os.fsync(file.fileno())
         temporary.replace(path)
-        _make_durable(path.parent)
+        if durable:
+            _make_durable(path.parent)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -54,6 +54,14 @@ class Taxonomy:
         if name not in self.classes:
             raise ConfigError(f"{self.name} has no class {name!r}{nearest(name, list(self.classes))}")
         return self.classes.index(name)
+
+
+def differences(found: Sequence[str], wanted: Sequence[str]) -> str:
+    """What tells the classes `found` in a file from those of a run, in words."""
+    sides = {"the file": set(found) - set(wanted), "the run": set(wanted) - set(found)}
+    order = [*found, *wanted]
+    parts = [f"only {side} has {', '.join(sorted(own, key=order.index))}" for side, own in sides.items() if own]
+    return "; ".join(parts) or "the same classes in another order"
 
 
 class _TaxonomyFile(Config):

@@ -11,14 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from tiny_run import PER_PROCESS, given, optimisers, per_picture, tiny_segmenter, training
 from udas.networks.segmenters import Segmenter
 from udas.training.runtime import Runtime, RuntimeConfig
 
 STEPS = 3
-# Adam would turn the rounding of a vanishing gradient into a whole step
-SGD = {"name": "sgd", "lr": 0.01, "weight_decay": 0}
+# Adam would turn the rounding of a vanishing gradient into a whole step, and large steps make rounding grow
+SGD = {"name": "sgd", "lr": 0.001, "weight_decay": 0}
 
 
 def segmenter() -> Segmenter:
@@ -34,10 +35,15 @@ def train(world: Path, out: Path, names: list[str]) -> None:
         folder = out / str(runtime.world) / name
         changes = optimisers(name, SGD) | PER_PROCESS.get(name, {})
         job = training(folder, name, STEPS, runtime, segmenter, changes)
+        before = parameters(job.method)
         job.run(given(world, job.method))
         if runtime.main:
-            torch.save({key: value.detach() for key, value in job.method.named_parameters()}, folder / "parameters.pt")
+            torch.save((before, parameters(job.method)), folder / "parameters.pt")
         runtime.barrier()
+
+
+def parameters(method: nn.Module) -> dict[str, Tensor]:
+    return {key: value.detach().clone() for key, value in method.named_parameters()}
 
 
 def forked(work: Any, environment: dict[str, str]) -> int:

@@ -68,7 +68,7 @@ def test_what_is_granted_comes_from_the_configuration(root: Path) -> None:
 
 def test_more_labels_than_pictures(root: Path) -> None:
     text = message(DataError, opened(root).labelled_names, "train", Subset(count=6))
-    assert text == "mine train: 6 labelled pictures asked for, 5 exist"
+    assert text == "mine train: 6 labelled pictures asked for, 5 exist; lower `count`"
 
 
 def reachable(value: object) -> str:

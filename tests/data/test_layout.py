@@ -136,7 +136,7 @@ def test_missing_root(tmp_path: Path) -> None:
 def test_empty_split_says_what_was_tried(root: Path) -> None:
     domain = opened(root, splits={"train": "train", "val": "valid"})
     assert message(DataError, domain.pictures, "val") == (
-        f"mine: no picture in split 'val'; looked for images/valid/**/*.png in {root}"
+        f"mine: no picture in split 'val'; looked for images/valid/**/*.png in {root}; check `images` and `splits`"
     )
 
 

@@ -284,8 +284,8 @@ def test_domain_from_preset_file_and_mapping(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("raw", "expected"),
     [
-        ("gta", "no preset 'gta' in data; did you mean 'gta5'?"),
-        ({"preset": "cityscape"}, "no preset 'cityscape' in data; did you mean 'cityscapes'?"),
+        ("gta", "no data preset 'gta'; did you mean 'gta5'?"),
+        ({"preset": "cityscape"}, "no data preset 'cityscape'; did you mean 'cityscapes'?"),
         ({"preset": "gta5", "rooot": "x"}, "data gta5: 1 problem"),
         ({"preset": "gta5", "rooot": "x"}, "rooot: unknown key; did you mean 'root'?"),
         ({"name": "own"}, "data own: 4 problems"),

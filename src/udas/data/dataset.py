@@ -262,7 +262,8 @@ class Domain:
         if isinstance(granted, Subset):
             if granted.count > len(names):
                 raise DataError(
-                    f"{self.config.name} {split}: {granted.count} labelled pictures asked for, {len(names)} exist"
+                    f"{self.config.name} {split}: {granted.count} labelled pictures asked for, {len(names)} exist; "
+                    "lower `count`"
                 )
             return sorted(_seeded(names, granted.seed)[: granted.count])
         if granted in ("all", "none"):
@@ -304,7 +305,9 @@ class Domain:
             names = {picture.name for picture in pictures}
         if not names:
             where = f"{self._layout.tried(split)} in {self.root}"
-            raise DataError(f"{self.config.name}: no picture in split {split!r}; looked for {where}")
+            raise DataError(
+                f"{self.config.name}: no picture in split {split!r}; looked for {where}; check `images` and `splits`"
+            )
         return [picture for picture in pictures if picture.name in names]
 
     def _prepare(self) -> None:

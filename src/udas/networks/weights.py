@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from udas.config import NetworkConfig
 from udas.errors import ConfigError, WeightsError
 from udas.networks.segmenters import Segmenter, build_segmenter, complete
 from udas.storage import write_atomically
-from udas.taxonomy import Taxonomy
+from udas.taxonomy import Taxonomy, differences
 from udas.validation import validate
 
 FORMAT = "udas.segmenter"
@@ -119,19 +119,12 @@ def _same_network(path: Path, found: NetworkConfig, wanted: NetworkConfig) -> No
 def _same_classes(path: Path, found: Taxonomy, wanted: Taxonomy) -> None:
     if found.classes == wanted.classes:
         return
-    only_found = [name for name in found.classes if name not in wanted.classes]
-    only_wanted = [name for name in wanted.classes if name not in found.classes]
-    parts = [f"only the file has {_list(only_found)}"] if only_found else []
-    parts += [f"only the run has {_list(only_wanted)}"] if only_wanted else []
-    detail = "; ".join(parts) or "the same classes in another order"
-    raise WeightsError(f"{path}: made for the classes of {found.name}, not of {wanted.name}: {detail}")
+    detail = differences(found.classes, wanted.classes)
+    advice = f"take a network that was trained for {wanted.name}"
+    raise WeightsError(f"{path}: made for the classes of {found.name}, not of {wanted.name}: {detail}; {advice}")
 
 
 def _same_normalisation(path: Path, segmenter: Segmenter, stored: Mapping[str, Any]) -> None:
     used = json.loads(json.dumps(asdict(segmenter.normalisation)))
     if used != stored:
         raise WeightsError(f"{path}: its description says normalisation {stored}, its tensors say {used}")
-
-
-def _list(names: Iterable[str]) -> str:
-    return ", ".join(names)

@@ -26,6 +26,7 @@ from udas.evaluation.protocols import ProtocolConfig
 from udas.names import METHODS, load_method
 from udas.pipeline.expand import Expansion
 from udas.pipeline.label import LabelConfig
+from udas.taxonomy import load_taxonomy
 from udas.training.loop import LoggingConfig, TrainingConfig
 from udas.training.runtime import RuntimeConfig
 from udas.validation import Place, listing, nearest, problems
@@ -169,6 +170,15 @@ def _by_keys(raw: dict[str, Any]) -> dict[str, Any]:
     return raw | {"data": data | named}
 
 
+def _taxonomy_problems(name: Any) -> dict[Place, str]:
+    try:
+        if isinstance(name, str):
+            load_taxonomy(name)
+    except ConfigError as error:
+        return {("taxonomy",): str(error)}
+    return {}
+
+
 def build_run(written: dict[str, Any], where: str) -> RunConfig:
     """The run that the content of a run file describes.
 
@@ -179,6 +189,7 @@ def build_run(written: dict[str, Any], where: str) -> RunConfig:
     found = {place: text for place, text in problems(RunConfig, expansion.full).items() if place}
     if not expansion.problems and isinstance(stages := expansion.full.get("stages"), dict):
         found |= reference_problems(stages)
+    found |= _taxonomy_problems(written.get("taxonomy"))
     if wrong := expansion.as_written(found):
         raise ConfigError(listing(where, wrong))
     return RunConfig.model_validate(expansion.full)

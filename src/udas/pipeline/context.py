@@ -10,6 +10,7 @@ from udas.config import DomainConfig, Labelled
 from udas.data.batch import Stream
 from udas.data.cache import build_cache
 from udas.data.dataset import Domain, PictureSet
+from udas.data.streets import ensure
 from udas.errors import ConfigError
 from udas.names import load_method
 from udas.pipeline.config import RunConfig, TrainStage
@@ -79,7 +80,7 @@ class Context:
         wanted = (method.needs | method.optional) & there if stage.streams is None else frozenset(stage.streams)
         for stream in sorted((method.needs | wanted) - (there & wanted)):
             advice = "add it to `streams`" if stream in there else ADVICE[stream]
-            raise ConfigError(f"stages.{name}: method {stage.method.name} has no stream {stream!r}: {advice}")
+            raise ConfigError(f"stages.{name}: method {stage.method.name} has no stream {stream.value!r}: {advice}")
         if useless := sorted(wanted - method.needs - method.optional):
             raise ConfigError(f"stages.{name}.streams: method {stage.method.name} does not use {', '.join(useless)}")
         if not wanted:
@@ -97,11 +98,13 @@ class Context:
         return frozenset(there)
 
     def _domain(self, config: DomainConfig) -> Domain:
-        """Open a domain; one process renders or lists it first, so that the others find it complete."""
-        if self.runtime.main:
-            domain = Domain(config, self.taxonomy)
+        """Open a domain; the main process renders the embedded world, so that the others find it complete."""
+        domain = Domain(config, self.taxonomy)
+        if config.streets is not None and self.runtime.main:
+            with Bar(f"render {config.name}", sum(config.streets.pictures.values()), unit="pictures") as bar:
+                ensure(config.streets, domain.root, bar)
         self.runtime.barrier()
-        return domain if self.runtime.main else Domain(config, self.taxonomy)
+        return domain
 
     def _cached(self, pictures: PictureSet) -> PictureSet:
         if not self.config.cache:

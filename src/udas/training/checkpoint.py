@@ -14,6 +14,7 @@ from torch import Tensor
 from udas.errors import RunError
 from udas.methods.base import Method
 from udas.storage import write_atomically
+from udas.taxonomy import differences
 from udas.training.engine import TrainingEngine
 
 FORMAT = 1
@@ -48,7 +49,8 @@ def load_checkpoint(path: Path, method: Method[Any], engine: TrainingEngine) -> 
     if meta["format"] != FORMAT:
         raise RunError(f"{path}: checkpoint format {meta['format']}, this version reads {FORMAT}")
     if tuple(meta["classes"]) != method.task.taxonomy.classes:
-        raise RunError(f"{path}: checkpoint of another label space ({', '.join(meta['classes'])})")
+        detail = differences(meta["classes"], method.task.taxonomy.classes)
+        raise RunError(f"{path}: checkpoint of another label space: {detail}; remove it to start the stage again")
     own = {name.removeprefix("method/"): t for name, t in tensors.items() if name.startswith("method/")}
     try:
         method.load_state_dict(own)

@@ -102,7 +102,6 @@ class Bar:
         self.task = self.progress.add_task(title, total=total, completed=done, unit=unit, rate="", note="")
 
     def __enter__(self) -> Bar:
-        self.progress.start()
         return self
 
     def __exit__(
@@ -112,6 +111,7 @@ class Bar:
 
     def __call__(self, done: int, total: int, note: str | None = None) -> None:
         """Show that `done` of `total` are finished."""
+        self.progress.start()  # only now: work that has nothing to do shows no bar
         speed = self.progress.tasks[0].speed
         rate = f"{speed:.2f}" if speed else ""
         self.progress.update(self.task, completed=done, total=total, rate=rate)

@@ -54,8 +54,8 @@ def ensure(config: StreetsConfig, root: Path, progress: Progress | None = None) 
     missing = [job for job in _jobs(config, root) if not all(file.exists() for file in job[1:])]
     for done, (index, image, label) in enumerate(missing, start=1):
         picture, ids = render(config.look, config.seed, index, config.size)
-        write_atomically(label, _encoded(ids, label))
-        write_atomically(image, _encoded(picture, image))
+        write_atomically(label, _encoded(ids, label), durable=False)
+        write_atomically(image, _encoded(picture, image), durable=False)
         if progress:
             progress(done, len(missing))
 
