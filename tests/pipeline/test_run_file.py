@@ -137,7 +137,7 @@ def test_references_are_checked_with_everything_else() -> None:
         "teacher": TEACHER | {"source": "style", "training": {"step": 3}},
         "labels": {"kind": "label", "model": "techer"},
         "student": {"method": {"name": "supervised"}, "pseudo": "labels", "start": "student"},
-        "students": ROUNDS | {"model": "labels"},
+        "students": ROUNDS | {"model": "labels", "student": {"method": {"name": "supervised"}, "start": "teacher"}},
     }
     assert mistakes(run(stages)) == [
         "stages.teacher.training.step: unknown key; did you mean 'steps'?",

@@ -126,6 +126,7 @@ class Expansion:
             stages[student] = entry.student | {"kind": "train", "pseudo": label, "title": title}
             if entry.student.get("start") == "teacher":
                 stages[student]["start"] = teacher
+                self._origins["stages", student, "start"] = ("stages", name, "model")
             self._origins |= {
                 ("stages", label): ("stages", name),
                 ("stages", label, "rule"): ("stages", name, "label"),

@@ -1,0 +1,126 @@
+"""What the README and the docs tell to type can be typed: commands parse, files load, names exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.main import get_command
+
+from udas.cli import app
+from udas.config import DomainConfig, find_yaml, override, preset_names
+from udas.evaluation.protocols import PROTOCOLS
+from udas.pipeline.config import load_run
+from udas.pipeline.console import LISTS
+from udas.validation import validate
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FOLDERS = {"run": "runs", "prepare": "runs", "check": "data", "evaluate": "data", "label": "data"}
+"""Command -> where the presets are that it can be given."""
+
+
+def blocks(text: str) -> Iterator[str]:
+    """Code blocks of a page: fenced, or indented by four spaces or more."""
+    yield from re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    plain = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    yield "\n".join(line.strip() for line in plain.splitlines() if line.startswith("    "))
+
+
+def commands(page: Path) -> Iterator[list[str]]:
+    """Arguments of every `udas ...` line of a page, through torchrun and behind variables as well."""
+    for block in blocks(page.read_text(encoding="utf-8")):
+        for line in block.replace("\\\n", " ").splitlines():
+            start = re.match(r"(?:\$ )?(?:[A-Z0-9_]+=\S* +)*(?:\S*/)?(?:torchrun .*-m )?udas(?= |$)", line)
+            if start:
+                yield shlex.split(line[start.end() :], comments=True)
+
+
+WRITTEN = [(page.relative_to(ROOT), command) for page in PAGES for command in commands(page)]
+
+
+def parsed(arguments: list[str]) -> tuple[str, dict[str, Any]]:
+    """The command and its parameters, without carrying it out."""
+    group = get_command(app)
+    name, command, rest = group.resolve_command(typer.Context(group), arguments)
+    assert name is not None
+    assert command is not None
+    return name, command.make_context(name, rest).params
+
+
+def test_commands_are_found() -> None:
+    told = {arguments[0] for page, arguments in WRITTEN if arguments}
+    assert {"check", "run", "predict"} <= {arguments[0] for page, arguments in WRITTEN if page.name == "README.md"}
+    assert {"demo", "evaluate", "label", "report", "doctor", "prepare"} <= told
+
+
+@pytest.mark.parametrize(("page", "arguments"), WRITTEN, ids=[f"{page}: udas {' '.join(a)}" for page, a in WRITTEN])
+def test_written_commands_can_be_typed(page: Path, arguments: list[str]) -> None:
+    name, given = parsed(arguments)
+    file = given.get("config") or given.get("data")
+    if file and file.endswith((".yaml", ".yml")):
+        assert (ROOT / file).is_file() or "/" not in file, f"{file} is not part of the project"
+        override({}, given.get("overrides") or [])
+    elif name in ("run", "prepare"):
+        load_run(file, given["overrides"])
+    elif file:
+        assert file in preset_names(FOLDERS[name])
+    assert given.get("protocol", "whole") in PROTOCOLS
+    if given.get("taxonomy"):
+        assert find_yaml(given["taxonomy"], "labels").is_file()
+    if name == "list" and given["what"]:
+        assert given["what"] in LISTS
+
+
+def files(page: Path) -> dict[str, str]:
+    """YAML files that a page writes out: their first line is a comment with their name."""
+    found = re.findall(
+        r"^```yaml\n# (\S+\.ya?ml)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
+    )
+    return dict(found)
+
+
+def test_the_readmes_files_make_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = files(ROOT / "README.md")
+    for name, content in written.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    shutil.copy(find_yaml("streets_game", "data"), tmp_path / "game.yaml")  # named there, but not written out
+    monkeypatch.chdir(tmp_path)
+    runs = [name for name, content in written.items() if "stages:" in content]
+    assert runs
+    for name in runs:
+        config = load_run(name)
+        assert config.data.target.name == "my_road"
+        assert "student_2" in config.stages
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("run.yaml")), ids=lambda path: path.parent.name)
+def test_runs_of_published_results_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert load_run(str(path.relative_to(ROOT))).stages
+
+
+def test_documented_files_are_without_mistakes() -> None:
+    """Those of the README are run files and data sets; other pages show data sets and label spaces."""
+    for page in PAGES:
+        for content in map(yaml.safe_load, files(page).values()):
+            if "images" in content:
+                validate(DomainConfig, content, str(page))
+
+
+def links(page: Path) -> Iterator[str]:
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            yield target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    assert [target for target in links(page) if not (page.parent / target).exists()] == []
