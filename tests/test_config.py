@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from udas.config import (
@@ -87,6 +87,7 @@ trees = st.recursive(
 mappings = st.dictionaries(st.sampled_from("abc"), trees, max_size=3)
 
 
+@settings(max_examples=50, deadline=None)
 @given(mappings, mappings)
 def test_merged_settings_are_those_of_the_change_and_the_rest_of_the_base(base: dict, change: dict) -> None:
     kept = copy.deepcopy((base, change))

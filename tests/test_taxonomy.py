@@ -120,12 +120,12 @@ def test_own_label_space(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (TINY.replace("[0, 0, 142]", "[0, 0, 256]"), "classes.thing.2: Input should be less than or equal to 255"),
+        (TINY.replace("[0, 0, 142]", "[0, 0, 256]"), "classes.thing.2: input should be less than or equal to 255"),
         (TINY.replace("thing: [v", "thnig: [v"), "from.street11: no class 'thnig'; did you mean 'thing'?"),
         (TINY.replace("[vehicle]", "[road]"), "from.street11: 'road' is given to more than one class"),
         (TINY.replace("thing: [0", "ignore: [0"), "`ignore` is not a class"),
         (TINY.replace("name: tiny", "nam: tiny"), "nam: unknown key; did you mean 'name'?"),
-        ("name: x\nclasses: {}\n", "classes: Dictionary should have at least 1 item"),
+        ("name: x\nclasses: {}\n", "classes: dictionary should have at least 1 item"),
         ("name: x\nclasses: {" + ", ".join(f"c{i}: [0, 0, 0]" for i in range(255)) + "}\n", "at most 254 items"),
     ],
 )

@@ -178,7 +178,7 @@ def test_save_and_load(tmp_path, upsample):
     assert list(tmp_path.iterdir()) == [path]
     with safe_open(path, "pt") as file:
         settings = json.loads(file.metadata()["generator"])
-    assert settings == {"width": 6, "blocks": 2, "upsample": upsample}
+    assert settings == translator.generator.config.model_dump()
 
 
 def test_load_names_what_is_wrong(tmp_path):

@@ -215,9 +215,11 @@ def _object_fits(schema: dict[str, Any], value: dict[str, Any], root: dict[str, 
     return set(schema.get("required", [])) <= value.keys()
 
 
+SCHEMA = run_schema()
+
+
 def accepted(raw: Any) -> bool:
-    schema = run_schema()
-    return fits(schema, raw, schema)
+    return fits(SCHEMA, raw, SCHEMA)
 
 
 @pytest.mark.parametrize("name", preset_names("runs"))
@@ -247,7 +249,6 @@ def test_the_schema_knows_what_may_be_left_short_and_refuses_the_rest() -> None:
 
 
 def test_the_schema_describes_every_key_of_a_run() -> None:
-    schema = run_schema()
-    json.dumps(schema)
-    assert schema["properties"].keys() == RunConfig.model_fields.keys() | {"network", "training"}
-    assert "lambda_adv" in schema["$defs"]["UDASConfig"]["properties"]["adversarial"]["description"]
+    json.dumps(SCHEMA)
+    assert SCHEMA["properties"].keys() == RunConfig.model_fields.keys() | {"network", "training"}
+    assert "lambda_adv" in SCHEMA["$defs"]["UDASConfig"]["properties"]["adversarial"]["description"]

@@ -173,7 +173,7 @@ class _InstanceNorm(nn.InstanceNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = super().forward(x)
         if result.requires_grad:
-            result.register_hook(Tensor.contiguous)
+            result.register_hook(Tensor.contiguous)  # type: ignore[no-untyped-call]
         return result
 
 
