@@ -21,12 +21,13 @@ Row = tuple[str, Mapping[str, Any]]
 """Title, and the content of its `evaluation.json`."""
 
 _ABSENT = "-"
+_OVERALL = ("mIoU", "95 % interval", "pixel accuracy")
 
 
 def table(rows: Sequence[Row], form: Form = "text") -> str:
     """A comparison of evaluations.
 
-    Text has one column per result, Markdown one line per result. Both end with how each number was measured and which
+    Text and Markdown are in per cent, for people. Both end with how each number was measured and which
     classes were left out of a mean because they occur neither in the labels nor in the predictions.
 
     Args:
@@ -66,19 +67,28 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _text(rows: Sequence[Row]) -> str:
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    grid.add_column("%")
-    for title, _ in rows:
-        grid.add_column(Text(title), justify="right")
+    """Overall figures line by line, then the classes with a numbered column per result: narrow enough for a terminal."""
     classes = _classes(rows)
-    columns = [_cells(result, classes) for _, result in rows]
-    for line in columns[0] if columns else ():
-        grid.add_row(Text(line), *(column[line] for column in columns), end_section=line == "pixel accuracy")
+    overall = Table("", "", *_OVERALL, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    by_class = Table(
+        "IoU", *(str(number) for number in range(1, len(rows) + 1)), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    cells = [_cells(result, classes) for _, result in rows]
+    for number, ((title, _), cell) in enumerate(zip(rows, cells, strict=True), 1):
+        overall.add_row(str(number), Text(title), *(cell[name] for name in _OVERALL))
+    for name in classes:
+        by_class.add_row(Text(name), *(cell[name] for cell in cells))
+    for grid, first in ((overall, 2), (by_class, 1)):
+        for column in grid.columns[first:]:
+            column.justify = "right"
+    return "\n".join([*_drawn(overall), "", *_drawn(by_class), "", *_notes(rows)]) + "\n"
+
+
+def _drawn(grid: Table) -> list[str]:
     console = Console(file=io.StringIO(), width=10_000, color_system=None)
     console.print(grid)
     drawn = console.file.getvalue()  # type: ignore[attr-defined]
-    lines = [line[1:].rstrip() for line in drawn.splitlines()]
-    return "\n".join([*filter(None, lines), *_notes(rows)]) + "\n"
+    return [line[1:].rstrip() for line in drawn.splitlines() if line.strip()]
 
 
 def _markdown(rows: Sequence[Row]) -> str:

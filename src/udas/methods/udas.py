@@ -94,11 +94,13 @@ class UDAS(SegmentationMethod[UDASConfig]):
                 real = self._learn(minimise, mixed, self.config.cutmix, "cutmix")
             if labelled is not None and self.config.labelled:
                 self._learn(minimise, labelled, self.config.labelled, "labelled")
-            p_t = self.segmenter.levels(target.image)
-            minimise(self.config.adversarial * self._judge(p_t, REAL), "adversarial")
-        with self.update("critic") as minimise:
-            minimise(0.5 * self._judge(real, REAL), "critic on labelled")
-            minimise(0.5 * self._judge([p.detach() for p in p_t], FAKE), "critic on target")
+            if self.config.adversarial:
+                p_t = self.segmenter.levels(target.image)
+                minimise(self.config.adversarial * self._judge(p_t, REAL), "adversarial")
+        if self.config.adversarial:
+            with self.update("critic") as minimise:
+                minimise(0.5 * self._judge(real, REAL), "critic on labelled")
+                minimise(0.5 * self._judge([p.detach() for p in p_t], FAKE), "critic on target")
         self.follow()
 
     def _learn(self, minimise: Minimise, block: Block, weight: float, name: str) -> list[Tensor]:
