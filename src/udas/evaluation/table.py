@@ -67,7 +67,7 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 
 
 def _text(rows: Sequence[Row]) -> str:
-    """Overall figures line by line, then the classes with a numbered column per result: narrow enough for a terminal."""
+    """Overall figures line by line, then the classes with a numbered column per result: fits a terminal."""
     classes = _classes(rows)
     overall = Table("", "", *_OVERALL, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     by_class = Table(
