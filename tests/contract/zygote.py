@@ -1,8 +1,8 @@
 """Runs `python -m udas` many times without importing torch again: one fork per line of JSON on standard input.
 
-A line is {"argv": [...], "after": seconds or null, "output": file, "fresh": bool}. The process is killed (SIGKILL) when
+A line is {"argv": [...], "after": seconds or null, "output": file}. The process is killed (SIGKILL) when
 it has used that much processor time, which counts its work even where many others compute. The answer is [exit code,
-or null when it was killed; seconds of processor time it used]. With `fresh` Python starts anew.
+or null when it was killed; seconds of processor time it used].
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ from typing import Any
 IMPORTED_ONLY_WHEN_NEEDED = ["udas.pipeline.run", "kornia", "matplotlib.pyplot", "torch.utils.tensorboard", "udas.cli"]
 
 
-def become_udas(argv: list[str], output: str, fresh: bool) -> None:
+def become_udas(argv: list[str], output: str) -> None:
     """What `python -m udas ARGV` does, in this process; does not return."""
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
-    if fresh:
-        os.execv(sys.executable, [sys.executable, "-m", "udas", *argv])
     sys.argv = ["udas", *argv]
     code: Any = 0
     try:
@@ -66,7 +64,7 @@ def main() -> None:
         job = json.loads(line)
         child = os.fork()
         if child == 0:
-            become_udas(job["argv"], job["output"], job["fresh"])
+            become_udas(job["argv"], job["output"])
         print(json.dumps(wait(child, job["after"])), flush=True)
 
 
