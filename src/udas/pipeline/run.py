@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -167,7 +168,9 @@ def _manifest(context: Context, item: Planned) -> dict[str, Any]:
     }
 
 
+@cache
 def _versions() -> dict[str, str | None]:
+    """Of the code in this process; files may change on the disk while it runs."""
     return {
         "udas": __version__,
         "commit": _commit(),
