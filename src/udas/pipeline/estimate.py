@@ -8,14 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from udas.config import Size
 from udas.data.batch import Batch, Block, Stream
+from udas.data.dataset import PictureSet
+from udas.data.files import image_size
 from udas.pipeline.config import AnyStage, TrainStage, TranslateStage
 from udas.pipeline.context import Context
 from udas.pipeline.stages import build_method
 from udas.training.engine import TrainingEngine
 
 TIMED = 2  # steps after one for warm-up
-DEFAULT_SIZE = (512, 1024)  # height, width assumed where pictures keep their own size
 
 
 def estimate(context: Context, name: str, stage: AnyStage) -> tuple[float | None, float]:
@@ -23,7 +25,7 @@ def estimate(context: Context, name: str, stage: AnyStage) -> tuple[float | None
     if isinstance(stage, TrainStage):
         return _training(context, name, stage)
     pictures = context.source_pictures if isinstance(stage, TranslateStage) else context.unlabelled
-    height, width = pictures.size or DEFAULT_SIZE
+    height, width = _size(pictures)
     share = {"translate": 2.0, "label": 0.1, "evaluate": 0.0}[stage.kind]  # bytes per pixel of a typical PNG
     return None, len(pictures) * height * width * share
 
@@ -47,6 +49,11 @@ def _training(context: Context, name: str, stage: TrainStage) -> tuple[float, fl
     return seconds, 2.0 * size
 
 
+def _size(pictures: PictureSet) -> Size:
+    """Height and width of what the set gives; of its first picture, where pictures keep their own size."""
+    return pictures.size or image_size(pictures.pictures[0].image)
+
+
 def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
@@ -55,7 +62,7 @@ def _random_batch(context: Context, name: str, stage: TrainStage) -> Batch:
     blocks = {}
     for stream in context.streams(name, stage):
         domain = context.source_pictures if stream == Stream.SOURCE else context.unlabelled
-        height, width = stage.training.augment.crop or domain.size or DEFAULT_SIZE
+        height, width = stage.training.augment.crop or _size(domain)
         count = stage.training.batch_of(stream)
         label = torch.randint(len(context.taxonomy.classes), (count, height, width))
         block = Block(torch.rand(count, 3, height, width), label, None, tuple(range(count)), ("",) * count)
