@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,15 @@ def test_results_are_written_with_every_stages_manifest(finished: Path) -> None:
     assert yaml.safe_load((finished / "run.yaml").read_text())["stages"].keys() == {"first", "evaluate_first", "labels"}
     assert json.loads((finished / "results.json").read_text())
     assert (finished / "report.html").stat().st_size > 1000
+
+
+def test_a_new_title_renames_a_finished_stage_and_nothing_else(world: Path, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    before = manifest(folder, "first")
+    run(configured(world, folder, "stages.first.title=a better name"), folder, CPU, QUIET)
+    assert manifest(folder, "first") == before | {"title": "a better name"}
+    assert "a better name" in (folder / "results.txt").read_text()
 
 
 def test_a_changed_configuration_moves_the_old_work_aside(

@@ -60,6 +60,8 @@ def run(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> 
                 console.print(f"[bold]{number}/{len(planned)} {item.name}[/bold]  {item.action}: {item.why}")
             if item.action != Action.REUSE:
                 _carry_out(context, item)
+            elif runtime.main:
+                _retitle(folder / item.name, item)
         return write_results(folder) if runtime.main else folder / "report.html"
 
 
@@ -150,6 +152,13 @@ def _carry_out(context: Context, item: Planned) -> None:
         raise
     runtime.barrier()
     note("done")
+
+
+def _retitle(folder: Path, item: Planned) -> None:
+    """Take over a new title: it names a row, and is no reason to do a stage again."""
+    manifest, title = read_manifest(folder), item.stage.title or item.name
+    if manifest and manifest["title"] != title:
+        write_atomically(folder / "manifest.json", json.dumps(manifest | {"title": title}, indent=2).encode())
 
 
 def _manifest(context: Context, item: Planned) -> dict[str, Any]:
