@@ -32,6 +32,8 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(help="Changes to the file, as key=value: seed=1 stages.teacher.training.steps=3000"),
 ]
+RunFile = Annotated[str, typer.Argument(help="Run file (.yaml) or a preset (`udas list runs`).")]
+RunFolder = Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/NAME if not given.")]
 Data = Annotated[str, typer.Argument(help="A data preset (`udas list data`) or a YAML file.")]
 Root = Annotated[str | None, typer.Option(help="Folder of the data set, instead of the one in the preset.")]
 Labels = Annotated[
@@ -79,9 +81,9 @@ def check(
 
 @app.command(rich_help_panel="Begin here")
 def prepare(
-    config: Annotated[str, typer.Argument(help="Run file (.yaml) or a preset (`udas list runs`).")],
+    config: RunFile,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/NAME if not given.")] = None,
+    out: RunFolder = None,
 ) -> None:
     """Decode and resize every picture of a run once, into a memory-mapped cache beside the run.
 
@@ -97,9 +99,9 @@ def prepare(
 
 @app.command(rich_help_panel="Train")
 def run(
-    config: Annotated[str, typer.Argument(help="Run file (.yaml) or a preset (`udas list runs`).")],
+    config: RunFile,
     overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder of the run; runs/NAME if not given.")] = None,
+    out: RunFolder = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="Show what would be done, why, and its time and disk; do nothing.")
     ] = False,

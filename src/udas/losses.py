@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -33,6 +35,19 @@ def cross_entropy(
     if pixel_weight is not None:
         loss = loss * pixel_weight
     return (loss * valid).sum() / valid.sum().clamp(min=1)
+
+
+def outputs_cross_entropy(
+    outputs: Sequence[Tensor],
+    label: Tensor,
+    class_weight: Tensor | None = None,
+    pixel_weight: Tensor | None = None,
+    hard_share: float = 1.0,
+    auxiliary: float = 0.1,
+) -> Tensor:
+    """`cross_entropy` of the main output plus `auxiliary` times that of every further one."""
+    main, *others = (cross_entropy(output, label, class_weight, pixel_weight, hard_share) for output in outputs)
+    return main + auxiliary * torch.stack(others).sum() if others else main
 
 
 def _hardest(loss: Tensor, valid: Tensor, share: float) -> Tensor:

@@ -18,8 +18,9 @@ from PIL import Image, ImageDraw, ImageFont
 
 from udas.data.files import read_image
 from udas.errors import DataError
-from udas.evaluation.evaluate import Progress, Sample, batches, evaluation_mode, to_input, write_picture
+from udas.evaluation.evaluate import Progress, Sample, batches, evaluation_mode, to_input
 from udas.evaluation.protocols import PROTOCOLS, Network, ProtocolConfig, probabilities
+from udas.storage import write_picture
 from udas.taxonomy import Taxonomy
 
 SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})

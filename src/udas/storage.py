@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from contextlib import suppress
 from pathlib import Path
+
+from PIL import Image
 
 from udas.errors import RunError
 
@@ -38,6 +41,13 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
         raise RunError(
             f"{path}: cannot be written ({error.strerror or error}); what was there before is untouched"
         ) from error
+
+
+def write_picture(path: Path, picture: Image.Image, kind: str = "PNG", quality: int = 75) -> None:
+    """Save a picture in one piece, folders included; `quality` is of JPEGs. Raises `RunError` when it cannot be."""
+    coded = io.BytesIO()
+    picture.save(coded, kind, quality=quality)
+    write_atomically(path, coded.getvalue())
 
 
 def _make_durable(folder: Path) -> None:

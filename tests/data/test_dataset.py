@@ -11,27 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from little_domain import described, make_domain, mask, message, opened
+from little_domain import described, mask, message, opened
 from picture_files import noise, write
 from udas.config import Subset
 from udas.data.dataset import Domain, PictureSet
 from udas.data.layout import Picture
 from udas.errors import DataError
 from udas.taxonomy import load_taxonomy
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return make_domain(tmp_path / "set")
-
-
-@pytest.fixture(scope="module")
-def shared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("many")
-    for number in range(20):
-        write(folder / f"images/{number:02}.png", noise(2, 2))
-    return folder
-
 
 # ----------------------------------------------------------------------------------------------------- granted labels
 

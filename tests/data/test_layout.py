@@ -7,24 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from little_domain import COUNTS, make_domain, mask, message, opened
+from little_domain import COUNTS, mask, message, opened
 from picture_files import noise, write
 from udas.data.layout import Picture, read_list
 from udas.errors import ConfigError, DataError
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return make_domain(tmp_path / "set")
-
-
-@pytest.fixture(scope="module")
-def shared_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("many")
-    for number in range(20):
-        write(folder / f"images/{number:02}.png", noise(2, 2))
-    return folder
-
 
 # ------------------------------------------------------------------------------------------------------------ listing
 

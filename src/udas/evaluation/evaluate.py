@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +22,7 @@ from udas.data.files import resize_label
 from udas.errors import DataError, RunError
 from udas.evaluation.metrics import Scores, bootstrap, confusion
 from udas.evaluation.protocols import Network, ProtocolConfig, probabilities
-from udas.storage import write_atomically
+from udas.storage import write_atomically, write_picture
 from udas.taxonomy import Taxonomy
 
 Progress = Callable[[int, int], None]
@@ -203,13 +202,6 @@ def _show(job: _Job, sample: Sample, prediction: Tensor, confidence: Tensor) -> 
     write_picture(folder / "truth.png", Image.fromarray(colourise(_label(sample).numpy())))
     write_picture(folder / "prediction.png", Image.fromarray(colourise(prediction.byte().cpu().numpy())))
     write_picture(folder / "confidence.png", Image.fromarray((confidence * 255).round().byte().cpu().numpy()))
-
-
-def write_picture(path: Path, picture: Image.Image, kind: str = "PNG") -> None:
-    """Save a picture in one piece, folders included. Raises `RunError` when it cannot be written."""
-    coded = io.BytesIO()
-    picture.save(coded, kind)
-    write_atomically(path, coded.getvalue())
 
 
 # ------------------------------------------------------------------------------- asking a network, picture by picture

@@ -12,10 +12,8 @@ from udas.config import MethodConfig, OptimiserConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.mixing import strong
 from udas.errors import ConfigError
-from udas.losses import cross_entropy
+from udas.losses import outputs_cross_entropy
 from udas.methods.base import Optimised, SegmentationMethod, Task
-from udas.networks.segmenters import Segmenter
-from udas.validation import nearest
 
 
 class SupervisedConfig(MethodConfig):
@@ -65,8 +63,9 @@ class Supervised(SegmentationMethod[SupervisedConfig]):
         augment = self.config.strong and stream == Stream.PSEUDO
         image = strong(block.image, block.seeds) if augment else block.image
         weight = block.confidence if self.config.confidence else None
-        return segmentation_loss(
-            self.segmenter, image, block.label, self.class_weight, weight, self.config.hard_share, self.config.auxiliary
+        outputs = self.segmenter.levels(image)
+        return outputs_cross_entropy(
+            outputs, block.label, self.class_weight, weight, self.config.hard_share, self.config.auxiliary
         )
 
 
@@ -74,25 +73,8 @@ def class_weights(by_name: dict[str, float], task: Task) -> Tensor:
     """[C] weights in the order of the label space. Raises `ConfigError` for an unknown class."""
     weight = torch.ones(len(task.taxonomy.classes))
     for name, value in by_name.items():
-        if name not in task.taxonomy.classes:
-            near = nearest(name, list(task.taxonomy.classes))
-            raise ConfigError(f"class_weights: {task.taxonomy.name} has no class {name!r}{near}")
-        weight[task.taxonomy.index(name)] = value
+        try:
+            weight[task.taxonomy.index(name)] = value
+        except ConfigError as error:
+            raise ConfigError(f"class_weights: {error}") from None
     return weight
-
-
-def segmentation_loss(
-    segmenter: Segmenter,
-    image: Tensor,
-    label: Tensor,
-    class_weight: Tensor | None = None,
-    pixel_weight: Tensor | None = None,
-    hard_share: float = 1.0,
-    auxiliary: float = 0.1,
-) -> Tensor:
-    """Cross-entropy of the main output plus `auxiliary` times that of every further output."""
-    main, *others = segmenter.levels(image)
-    loss = cross_entropy(main, label, class_weight, pixel_weight, hard_share)
-    for output in others:
-        loss = loss + auxiliary * cross_entropy(output, label, class_weight, pixel_weight, hard_share)
-    return loss

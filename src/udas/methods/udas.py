@@ -14,7 +14,7 @@ from udas.config import MethodConfig, OptimiserConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.mixing import cutmix_boxes, jitter, paste
 from udas.errors import ConfigError
-from udas.losses import binary_cross_entropy, cross_entropy, squared_distance
+from udas.losses import binary_cross_entropy, outputs_cross_entropy, squared_distance
 from udas.methods.base import Minimise, Optimised, SegmentationMethod, Task
 from udas.networks.discriminators import MultiScaleDiscriminator, PatchDiscriminator
 
@@ -107,11 +107,10 @@ class UDAS(SegmentationMethod[UDASConfig]):
         """Minimise the weighted cross-entropy of a block; returns its detached predictions."""
         assert block.label is not None
         outputs = self.segmenter.levels(block.image)
-        terms = [
-            share * cross_entropy(output, block.label, hard_share=self.config.hard_share)
-            for share, output in zip(self.output_weights, outputs, strict=True)
-        ]
-        minimise(weight * torch.stack(terms).sum(), name)
+        loss = outputs_cross_entropy(
+            outputs, block.label, hard_share=self.config.hard_share, auxiliary=self.config.auxiliary
+        )
+        minimise(weight * loss, name)
         return [output.detach() for output in outputs]
 
     def _judge(self, outputs: Sequence[Tensor], verdict: float) -> Tensor:

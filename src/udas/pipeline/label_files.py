@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from udas.errors import RunError
-from udas.storage import write_atomically
+from udas.storage import write_atomically, write_picture
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -24,9 +24,7 @@ def write_png(path: Path, pixels: Pixels, palette: Pixels | None = None) -> None
     image = Image.fromarray(pixels)
     if palette is not None:
         image.putpalette(palette.tobytes())
-    coded = io.BytesIO()
-    image.save(coded, format="PNG")
-    write_atomically(path, coded.getvalue())
+    write_picture(path, image)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -74,19 +73,18 @@ def run_label(context: Context, name: str, stage: LabelStage, folder: Path) -> N
 
 
 def run_evaluate(context: Context, name: str, stage: EvaluateStage, folder: Path) -> None:
-    """Score the last checkpoint of a train stage; tell the best-on-validation one beside it."""
+    """Score the last checkpoint of a train stage."""
     runtime, pictures = context.runtime, context.validation
     if pictures is None:
         raise ConfigError(f"stages.{name}: the target has no split {context.config.data.val_split!r} to score on")
     segmenter = load_trained(context, stage.model)
     with Bar(f"evaluate {stage.title or name}", len(pictures), unit="pictures", visible=runtime.main) as bar:
-        _score(context, segmenter, stage.protocol, folder, bar)
+        scores = _score(context, segmenter, stage.protocol, folder, bar)
     if runtime.main:
-        _print_score(folder, stage.title or name)
+        _print_score(scores, stage.title or name)
 
 
-def _print_score(folder: Path, title: str) -> None:
-    scores = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
+def _print_score(scores: Mapping[str, Any], title: str) -> None:
     low, high = scores["interval"]
     print(f"  {title}: mIoU {100 * scores['miou']:.1f} ({100 * low:.1f} to {100 * high:.1f})")
 

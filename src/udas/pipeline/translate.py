@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from udas.data.dataset import PictureSet
-from udas.storage import write_atomically
+from udas.storage import write_atomically, write_picture
 from udas.training.runtime import Runtime
 
 SHOWN = 6
@@ -35,7 +34,7 @@ def translate(
         target = folder / "images" / f"{pictures.pictures[index].name}.png"
         if not target.exists():
             image = pictures.image(index)[None].to(runtime.device).float() / 255
-            write_atomically(target, png(translator(image)[0]))
+            write_picture(target, to_picture(translator(image)[0]))
         progress(done, len(mine))
     runtime.barrier()
     if runtime.main:
@@ -47,12 +46,10 @@ def _preview(pictures: PictureSet, folder: Path) -> None:
         translated = folder / "images" / f"{pictures.pictures[index].name}.png"
         pair = folder / "preview" / str(place)
         write_atomically(pair / "translated.png", translated.read_bytes())
-        write_atomically(pair / "original.png", png(pictures.image(index).float() / 255))
+        write_picture(pair / "original.png", to_picture(pictures.image(index).float() / 255))
 
 
-def png(image: Tensor) -> bytes:
-    """RGB [3, H, W] in [0, 1] as the bytes of a PNG file."""
+def to_picture(image: Tensor) -> Image.Image:
+    """RGB [3, H, W] in [0, 1] as an 8-bit picture."""
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png")
-    return buffer.getvalue()
+    return Image.fromarray(pixels)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from udas.errors import RunError
-from udas.storage import write_atomically
+from udas.storage import write_atomically, write_picture
 
 
 class TrainingLog:
@@ -49,9 +49,9 @@ class TrainingLog:
         for title, images in pictures.items():
             rows = images.detach().float().clamp(0, 1).cpu().permute(0, 2, 3, 1).numpy()
             sheet = (np.concatenate(list(rows), axis=1) * 255).astype(np.uint8)
-            target = self.folder / "previews" / f"{step:07d}" / f"{title}.jpg"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(sheet).save(target, quality=90)
+            write_picture(
+                self.folder / "previews" / f"{step:07d}" / f"{title}.jpg", Image.fromarray(sheet), "JPEG", quality=90
+            )
             self.board.add_image(f"preview/{title}", sheet, step, dataformats="HWC")
 
     def close(self) -> None:
