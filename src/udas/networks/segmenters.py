@@ -17,6 +17,7 @@ from udas.networks import segnet
 from udas.networks.decoder import Decoder
 from udas.networks.deeplabv2 import FOUR_BRANCHES, TWO_BRANCHES, DeepLabV2
 from udas.networks.deeplabv3plus import DeepLabV3Plus
+from udas.networks.depthwise import use_fast_depthwise
 from udas.networks.encoders import Normalisation, batch_norms, caffe_style, make_encoder, normalisation_of
 from udas.networks.fcn import FCN
 from udas.networks.library import make_library_network
@@ -218,4 +219,6 @@ def build_segmenter(config: NetworkConfig, classes: int, pretrained: bool = True
         caffe_style(encoder)
     if pretrained and config.weights is not None:
         logger.info("%s", load_encoder_weights(encoder, config))
-    return Segmenter(encoder, decoder, config, classes, normalisation_of(config.encoder, config.style))
+    segmenter = Segmenter(encoder, decoder, config, classes, normalisation_of(config.encoder, config.style))
+    use_fast_depthwise(segmenter)
+    return segmenter
