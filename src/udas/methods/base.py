@@ -41,12 +41,16 @@ class Task:
     segmenter: builds a network for this run's classes, with its pretrained weights or the weights of an earlier stage.
     streams: the streams this stage provides.
     steps: optimiser steps of the whole training.
+    teacher: loads the frozen network of the stage's `teacher`, where one is named.
+    prototypes: [C, D] mean feature per class, of the stage's `prototypes`, where one is named.
     """
 
     taxonomy: Taxonomy
     segmenter: Callable[[], Segmenter]
     streams: frozenset[Stream]
     steps: int
+    teacher: Callable[[], Segmenter] | None = None
+    prototypes: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -146,16 +150,36 @@ class SegmentationMethod(Method[C]):
 
 
 class Average(nn.Module):
-    """Exponential moving average of a network's weights and running statistics: w <- d w + (1 - d) w_now."""
+    """Exponential moving average of a network: w <- d w + (1 - d) w_now (mean teacher; Tarvainen and Valpola, 2017).
 
-    def __init__(self, network: Segmenter, decay: float) -> None:
+    Args:
+        network: what is averaged; the average starts as its copy.
+        decay: d.
+        ramp: d = min(1 - 1 / (t + 1), decay) in step t = 1, 2, ..., so that the start is forgotten soon.
+        buffers: running statistics are averaged like weights, or copied from the network.
+    """
+
+    def __init__(
+        self, network: Segmenter, decay: float, ramp: bool = False, buffers: Literal["average", "copy"] = "average"
+    ) -> None:
         super().__init__()
-        self.decay = decay
+        self.decay, self.ramp, self.buffers_mode = decay, ramp, buffers
         self.module = copy.deepcopy(network).requires_grad_(False)
+        self.updates: Tensor
+        self.register_buffer("updates", torch.zeros((), dtype=torch.long))
 
     @torch.no_grad()
     def update(self, network: Segmenter) -> None:
         """One step towards `network`; counters are copied."""
-        own, new = self.module.state_dict().values(), network.state_dict().values()
-        for mine, theirs in zip(own, new, strict=True):
-            mine.lerp_(theirs, 1 - self.decay) if mine.is_floating_point() else mine.copy_(theirs)
+        self.updates += 1
+        share = self._share()
+        for weight, new in zip(self.module.parameters(), network.parameters(), strict=True):
+            weight.lerp_(new, share.to(weight.dtype))
+        for mine, theirs in zip(self.module.buffers(), network.buffers(), strict=True):
+            averaged = self.buffers_mode == "average" and mine.is_floating_point()
+            mine.lerp_(theirs, share.to(mine.dtype)) if averaged else mine.copy_(theirs)
+
+    def _share(self) -> Tensor:
+        """1 - d, without a host sync."""
+        share = torch.full((), 1 - self.decay, device=self.updates.device)
+        return torch.maximum(share, 1 / (self.updates + 1)) if self.ramp else share
