@@ -1,58 +1,86 @@
-"""Training speed as ratios measured in one run: methods, bf16 with channels_last against fp32, the loader alone.
+"""Speed and memory as ratios measured in one run: every method, bf16 against fp32, depthwise kernels, the loader alone.
 
     python benchmarks/speed.py --out docs/results/speed
     python benchmarks/speed.py my_run.yaml training.batch=8 "training.augment.crop=[512, 512]" --out speed
 
-Without a run file it takes the demo's data, rendered on first use. Every method, with its default settings, trains the
-network of the run's first segmentation stage on its crops and batch. Every repeat times every case once, so that a
-busy moment of the machine meets all of them; ratios are taken within a repeat.
+Every method, with its default settings and all streams it takes (pseudo-labels only where it needs them), trains the
+network of the run's first segmentation stage on random pictures of the run's crop and batch; the loader reads the run's
+own (those of the demo are rendered on first use). Every repeat times every case once, so that a busy moment of the
+machine meets all of them; ratios are taken within a repeat. Peak memory is that of a process of its own per method.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
+from typing import Any
+from unittest.mock import patch
 
 import torch
 from segmentation_models_pytorch.encoders import TimmUniversalEncoder
+from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from udas import __version__
-from udas.data.batch import Stream
+from udas.data.batch import Batch, Block, Stream
 from udas.data.loader import make_loader
+from udas.methods.base import Task
 from udas.names import METHODS, load_method
-from udas.networks.discriminators import MultiScaleDiscriminator, NLayerDiscriminator, PatchDiscriminator
+from udas.networks import segmenters
 from udas.networks.generators import ResnetGenerator
-from udas.pipeline.config import TrainStage, load_run
+from udas.networks.segmenters import build_segmenter
+from udas.pipeline.config import RunConfig, TrainStage, load_run
 from udas.pipeline.context import Context
-from udas.pipeline.stages import build_method, train_streams
+from udas.taxonomy import load_taxonomy
 from udas.training.engine import TrainingEngine
 from udas.training.runtime import Runtime
 
 UNIT = "supervised"  # on synthetic pictures alone: one pass; every other method on all streams it takes
 PRECISIONS = ("fp32", "bf16")
 NETWORKS = (TimmUniversalEncoder, ResnetGenerator)
-CRITICS = (PatchDiscriminator, MultiScaleDiscriminator, NLayerDiscriminator)
+STEPS = 1000  # the length of the schedules; none is trained to its end
 DEMO = ["training.batch=4", "training.augment.crop=[128, 128]"]
 for domain in ("source", "target"):
     DEMO += [f"data.{domain}.root=runs/speed/data/{domain}", f"data.{domain}.streets.pictures={{train: 32, val: 4}}"]
 
 
 class Case:
-    """One method in one precision, on one batch that stays on the device."""
+    """One method in one precision, on one random batch that stays on the device."""
 
-    def __init__(self, context: Context, name: str, base: TrainStage) -> None:
-        self.runtime, training = context.runtime, base.training
-        streams = [Stream.SOURCE] if name == UNIT else None
-        stage = TrainStage(method={"name": name}, streams=streams, network=base.network, training=training)
-        pictures = train_streams(context, name, stage)
-        self.loading = pictures, {stream: training.batch_of(stream) for stream in pictures}, training.augment
-        self.method = self.runtime.place(build_method(context, name, stage)).train()
-        self.engine = TrainingEngine(self.method, self.runtime, training.steps)
-        self.batch = next(iter(make_loader(*self.loading, 0, 0, 1))).to(self.runtime.device, self.runtime.memory_format)
+    def __init__(self, config: RunConfig, name: str, precision: str) -> None:
+        self.stage = first_segmentation(config)
+        self.runtime = runtime(config, precision)
+        taxonomy, method = load_taxonomy(config.taxonomy), load_method(name)
+        streams = frozenset([Stream.SOURCE]) if name == UNIT else method.needs | method.optional - {Stream.PSEUDO}
+        prototypes = torch.randn(len(taxonomy.classes), self._network(taxonomy).decoder.channels)
+        task = Task(
+            taxonomy,
+            lambda: self._network(taxonomy),
+            streams,
+            STEPS,
+            teacher=lambda: self._network(taxonomy),
+            prototypes=prototypes,
+        )
+        self.method = self.runtime.place(method(method.settings(name=name), task)).train()
+        self.engine = TrainingEngine(self.method, self.runtime, STEPS)
+        blocks = {stream.value: self._block(stream, len(taxonomy.classes)) for stream in sorted(streams)}
+        self.batch = Batch(**blocks).to(self.runtime.device, self.runtime.memory_format)
+
+    def _network(self, taxonomy: Any) -> segmenters.Segmenter:
+        return build_segmenter(self.stage.network.model_copy(update={"weights": None}), len(taxonomy.classes))
+
+    def _block(self, stream: Stream, classes: int) -> Block:
+        count, size = self.stage.training.batch_of(stream), self.stage.training.augment.crop
+        label = None if stream == Stream.UNLABELLED else torch.randint(classes, (count, *size))
+        confidence = torch.rand(count, *size) if stream == Stream.PSEUDO else None
+        return Block(torch.rand(count, 3, *size), label, confidence, tuple(range(count)), ("random",) * count)
 
     def seconds(self, steps: int) -> float:
         """Seconds per training step."""
@@ -64,69 +92,139 @@ class Case:
         self.engine.take_losses()  # waits for the device
         return (time.perf_counter() - began) / steps
 
-    def passes(self) -> str:
-        """Forward passes of one step: through the networks that learn the task + through critics."""
-        seen: list[torch.nn.Module] = []
-        hook = register_module_forward_hook(lambda part, *_: seen.append(part))
+    def passes(self) -> tuple[int, int]:
+        """Passes of a step through the networks that learn the task: forward, and backward again."""
+        seen: list[bool] = []
+
+        def note(part: nn.Module, _: Any, output: Any) -> None:
+            if isinstance(part, NETWORKS):
+                seen.append((output[-1] if isinstance(output, list) else output).requires_grad)
+
+        hook = register_module_forward_hook(note)
         self.seconds(1)
         hook.remove()
-        return " + ".join(str(sum(isinstance(part, kinds) for part in seen)) for kinds in (NETWORKS, CRITICS))
-
-    def loader_seconds(self, batches: int) -> float:
-        """Seconds per batch of the loader alone, with the run's workers; the first two batches start them."""
-        loader = make_loader(*self.loading, 0, 0, batches + 2, workers=self.runtime.workers)
-        arrivals = [time.perf_counter() for _ in loader]
-        return (arrivals[-1] - arrivals[1]) / batches
+        return len(seen), sum(seen)
 
 
-def measure(run: str, overrides: list[str], steps: int, repeats: int) -> dict:
+def first_segmentation(config: RunConfig) -> TrainStage:
+    """The stage whose network, crop and batch all methods are timed with."""
+    stages = [stage for stage in config.stages.values() if isinstance(stage, TrainStage)]
+    return next(stage for stage in stages if load_method(stage.method.name).makes == "segmenter")
+
+
+def runtime(config: RunConfig, precision: str) -> Runtime:
+    """The run's runtime in `precision`; bf16 is with channels_last."""
+    changes = {"precision": precision, "channels_last": precision == "bf16"}
+    return Runtime.start(config.runtime.model_copy(update=changes))
+
+
+def loader_seconds(config: RunConfig, batches: int) -> float:
+    """Seconds per batch of the loader alone, with the run's workers; the first two batches start them."""
+    context = Context(config, Path("runs/speed"), runtime(config, "bf16"))
+    training, pictures = first_segmentation(config).training, {Stream.SOURCE: context.source_pictures}
+    sizes = {Stream.SOURCE: training.batch_of(Stream.SOURCE)}
+    loader = make_loader(
+        pictures, sizes, training.augment, 0, 0, batches + 2, workers=context.runtime.workers
+    )  # fmt: skip
+    arrivals = [time.perf_counter() for _ in loader]
+    return (arrivals[-1] - arrivals[1]) / batches
+
+
+def peak(run: str, overrides: list[str], name: str) -> float:
+    """Peak memory in MB of two steps in bf16, in this process: on the device, or of the process beyond its start."""
+    config = load_run(run, overrides)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    case = Case(config, name, "bf16")
+    case.seconds(2)
+    if case.runtime.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e3
+
+
+@contextmanager
+def library_kernels() -> Iterator[None]:
+    """Networks built inside keep PyTorch's own depthwise convolutions."""
+    with patch.object(segmenters, "use_fast_depthwise"):
+        yield
+
+
+def measure(run: str, overrides: list[str], steps: int, repeats: int) -> dict[str, Any]:
     """What was timed, where, and the seconds of every case in every repeat."""
     config = load_run(run, overrides)
-    trainings = [stage for stage in config.stages.values() if isinstance(stage, TrainStage)]
-    base = next(stage for stage in trainings if load_method(stage.method.name).makes == "segmenter")
-    runtimes = {p: config.runtime.model_copy(update={"precision": p, "channels_last": p == "bf16"}) for p in PRECISIONS}
-    contexts = {p: Context(config, Path("runs/speed"), Runtime.start(runtime)) for p, runtime in runtimes.items()}
-    cases = {f"{m} {p}": Case(context, m, base) for m in METHODS for p, context in contexts.items()}
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        memory = dict(zip(METHODS, pool.starmap(peak, [(run, overrides, m) for m in METHODS], 1), strict=True))
+    cases = {f"{m} {p}": Case(config, m, p) for m in METHODS for p in PRECISIONS}
+    with library_kernels():
+        cases |= {f"library {p}": Case(config, UNIT, p) for p in PRECISIONS}
     passes = {method: cases[f"{method} fp32"].passes() for method in METHODS}
     for case in cases.values():
         case.seconds(1)  # warm-up: memory, autotuning
     rounds = []
     for number in range(repeats):
         rounds.append({name: case.seconds(steps) for name, case in cases.items()})
-        rounds[-1]["loader"] = cases[f"{UNIT} bf16"].loader_seconds(10 * steps)
+        rounds[-1]["loader"] = loader_seconds(config, 10 * steps)
         print(f"repeat {number + 1}/{repeats}", {key: round(value, 4) for key, value in rounds[-1].items()}, flush=True)
-    runtime = contexts["bf16"].runtime
-    machine = runtime.describe() | {"workers": runtime.workers, "udas": __version__, "torch": torch.__version__}
+    used = cases[f"{UNIT} bf16"].runtime
+    machine = used.describe() | {"workers": used.workers, "udas": __version__, "torch": torch.__version__}
     setting = {"run": run, "overrides": overrides, "steps": steps, "repeats": repeats}
-    setting |= base.model_dump(mode="json", include={"network", "training"})
-    return {"machine": machine, "setting": setting, "passes": passes, "seconds": rounds}
+    setting |= first_segmentation(config).model_dump(mode="json", include={"network", "training"})
+    return {"machine": machine, "setting": setting, "passes": passes, "memory": memory, "seconds": rounds}
 
 
-def table(result: dict) -> str:
-    """The Markdown table, with the setting and the machine below."""
-    rounds, setting = result["seconds"], result["setting"]
-    middle = {case: median(times[case] for times in rounds) for case in rounds[0]}
+class Ratios:
+    """Ratios of seconds per step, taken within a repeat."""
 
-    def ratio(above: str, below: str) -> str:
-        values = [times[above] / times[below] for times in rounds]
+    def __init__(self, rounds: list[dict[str, float]]) -> None:
+        self.rounds = rounds
+        self.middle = {case: median(times[case] for times in rounds) for case in rounds[0]}
+
+    def of(self, above: str, below: str) -> list[float]:
+        """One ratio per repeat."""
+        return [times[above] / times[below] for times in self.rounds]
+
+    def text(self, above: str, below: str) -> str:
+        """Median (lowest to highest)."""
+        values = self.of(above, below)
         return f"{median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
-    head = "| method | networks + critics | steps/s fp32 | steps/s bf16 | fp32 / bf16 | bf16 / unit |"
-    lines = [head, "|---" * 6 + "|"]
-    for method, passes in result["passes"].items():
-        fp32, bf16 = f"{method} fp32", f"{method} bf16"
-        speeds = f"{1 / middle[fp32]:.3g} | {1 / middle[bf16]:.3g}"
-        lines.append(f"| {method} | {passes} | {speeds} | {ratio(fp32, bf16)} | {ratio(bf16, f'{UNIT} bf16')} |")
-    fastest = min(middle.keys() - {"loader"}, key=lambda case: middle[case])
+
+def table(result: dict[str, Any]) -> str:
+    """The Markdown table, with the setting and the machine below."""
+    ratios, setting = Ratios(result["seconds"]), result["setting"]
+    head = (
+        "| method | forward + backward | by passes | bf16 / unit | measured / passes | fp32 / bf16 | s/step bf16 | MB |"
+    )
+    lines = [head, "|---|---|---:|---|---:|---|---:|---:|"]
+    unit = _cost(*result["passes"][UNIT])
+    for method, (forward, backward) in result["passes"].items():
+        bf16, expected = f"{method} bf16", _cost(forward, backward) / unit
+        excess = median(ratios.of(bf16, f"{UNIT} bf16")) / expected
+        cells = [method, f"{forward} + {backward}", f"{expected:.2f}", ratios.text(bf16, f"{UNIT} bf16")]
+        cells += [f"{excess:.2f}", ratios.text(f"{method} fp32", bf16), f"{ratios.middle[bf16]:.3g}"]
+        lines.append(_row([*cells, f"{result['memory'][method]:.0f}"]))
+    fastest = min((f"{method} bf16" for method in result["passes"]), key=lambda case: ratios.middle[case])
     notes = f"""
-* networks + critics: forward passes of a step. Unit: `{UNIT}` on synthetic pictures. bf16 is with channels_last.
-  Ratios of seconds per step: median (lowest to highest), {setting["repeats"]} repeats x {setting["steps"]} steps.
-* Loader alone, on the unit's pictures: {1 / middle["loader"]:.3g} batches/s. Fastest training step ({fastest}) / one
-  batch of the loader: {ratio(fastest, "loader")}.
+* forward + backward: passes of a step through the networks that learn the task; critics come on top. By passes: a
+  backward pass counts as two forward ones, in units of `{UNIT}` on synthetic pictures.
+* Ratios of seconds per step: median (lowest to highest), {setting["repeats"]} repeats x {setting["steps"]} steps. bf16
+  is with channels_last.
+* MB: peak memory of two steps in bf16, on the device, or beyond what the process had when it started.
+* The unit with PyTorch's own depthwise kernels / with ours: bf16 {ratios.text("library bf16", f"{UNIT} bf16")}, fp32
+  {ratios.text("library fp32", f"{UNIT} fp32")}.
+* Loader alone, on the unit's pictures: {1 / ratios.middle["loader"]:.3g} batches/s. Fastest training step ({fastest})
+  / one batch of the loader: {ratios.text(fastest, "loader")}.
 * `{setting["run"]}` {" ".join(setting["overrides"])}; network and training settings in speed.json
 * {", ".join(f"{key} {value}" for key, value in result["machine"].items() if key != "precision")}
 """
     return "\n".join(lines) + "\n" + notes
+
+
+def _row(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cost(forward: int, backward: int) -> int:
+    return forward + 2 * backward
 
 
 def main() -> None:

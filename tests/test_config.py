@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,6 +45,13 @@ def wrong(model: Any, raw: Any) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------------- overrides
+
+
+def test_a_change_of_one_place_is_not_one_of_all_that_share_an_anchor() -> None:
+    raw = yaml.safe_load("first: &rule {views: 3, more: [{a: 1}]}\nsecond: {<<: *rule}\nthird: *rule")
+    changed = override(raw, ["first.views=1", "second.views=2"])
+    assert [changed[name]["views"] for name in ("first", "second", "third")] == [1, 2, 3]
+    assert raw["first"]["views"] == 3
 
 
 def test_overrides_are_yaml_and_reach_any_depth() -> None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udas.losses import binary_cross_entropy, cross_entropy, squared_distance
+from udas.losses import binary_cross_entropy, cross_entropy, entropy, robust_entropy, self_information, squared_distance
 from udas.taxonomy import IGNORE
 
 CLASSES = 4
@@ -113,3 +113,67 @@ def test_adversaries(target):
     entropies = sum(-target * math.log(s) - (1 - target) * math.log(1 - s) for s in sure) / len(values)
     assert squared_distance(output, target).item() == pytest.approx(squares, rel=1e-5)
     assert binary_cross_entropy(output, target).item() == pytest.approx(entropies, rel=1e-5)
+
+
+@pytest.mark.parametrize("eta", [0.5, 2.0, 3.0])
+def test_robust_entropy_is_the_formula(eta):
+    logits, _ = drawn(3)
+    total = 0.0
+    for b, y, x in torch.ones(2, 5, 7).nonzero().tolist():
+        powers = [math.exp(score) for score in logits[b, :, y, x].double().tolist()]
+        shares = [power / sum(powers) for power in powers]
+        share = -sum(p * math.log(p) for p in shares) / math.log(CLASSES)
+        total += (share * share + 1e-8) ** eta / (2 * 5 * 7)
+    assert robust_entropy(logits, eta).item() == pytest.approx(total, rel=1e-5)
+
+
+def test_robust_entropy_at_its_ends():
+    same, sure = torch.zeros(1, CLASSES, 2, 3), torch.zeros(1, CLASSES, 2, 3)
+    sure[:, 1] = 300.0
+    assert robust_entropy(same).item() == pytest.approx(1)
+    assert 0 <= robust_entropy(sure).item() < 1e-15
+    for logits in (same, sure):
+        logits.requires_grad_()
+        robust_entropy(logits).backward()
+        assert logits.grad.isfinite().all()
+
+
+# ----------------------------------------------------------------------------------------------------- entropy
+
+
+def test_self_information_is_the_formula():
+    probabilities = drawn(3)[0].softmax(1)
+    expected = torch.zeros_like(probabilities)
+    for place in torch.ones_like(probabilities).nonzero().tolist():
+        share = probabilities[tuple(place)].item()
+        expected[tuple(place)] = -share * math.log2(share) / math.log2(CLASSES)
+    torch.testing.assert_close(self_information(probabilities), expected)
+
+
+def test_self_information_adds_up_to_the_entropy():
+    logits, _ = drawn(4)
+    torch.testing.assert_close(self_information(logits.softmax(1)).sum(1), entropy(logits))
+
+
+def test_entropy_of_equal_and_of_sure_predictions():
+    """1 and 1/C in every channel where all classes are equal, exactly 0 where one has all; no NaN at log 0."""
+    equal, sure = torch.zeros(1, CLASSES, 2, 3), torch.zeros(1, CLASSES, 2, 3)
+    sure[:, 2] = 200.0
+    torch.testing.assert_close(entropy(equal), torch.ones(1, 2, 3))
+    torch.testing.assert_close(self_information(equal.softmax(1)), torch.full_like(equal, 1 / CLASSES))
+    for information in (entropy, lambda logits: self_information(logits.softmax(1))):
+        logits = sure.clone().requires_grad_()
+        found = information(logits)
+        assert found.abs().max() == 0
+        found.sum().backward()
+        assert logits.grad.isfinite().all()
+
+
+def test_entropy_falls_towards_the_likelier_classes():
+    """dE/dz_k = -p_k (log p_k + H) / log C, H the entropy in nats: descent raises what is likelier than exp(-H)."""
+    logits = drawn(5)[0].requires_grad_()
+    entropy(logits).sum().backward()
+    share = logits.detach().softmax(1)
+    nats = -(share * share.log()).sum(1, keepdim=True)
+    torch.testing.assert_close(logits.grad, -share * (share.log() + nats) / math.log(CLASSES), atol=1e-6, rtol=1e-4)
+    assert torch.equal(logits.grad < 0, share > (-nats).exp())

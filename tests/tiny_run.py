@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,36 @@ GRANTED = 2  # labelled pictures of the road
 
 METHODS: dict[str, dict[str, Any]] = {
     "supervised": {"average": 0.9},
-    "cyclegan": {"generator": {"width": 4, "blocks": 1}, "critic_width": 4, "pool": 3},
+    "cyclegan": {"generator": {"width": 4, "blocks": 1}, "critic_width": 4, "pool": 3, "semantic": 1},
     "udas": {"average": 0.9},
+    "cycada": {"critic_width": 8, "average": 0.9},
+    "proda": {"minimum": 1, "decay": 0.9, "momentum": 0.5},
 }
 """What makes a method small, or shows more of it; methods that are not named here are taken as they are."""
 
-PER_PROCESS: dict[str, dict[str, Any]] = {"cyclegan": {"pool": 0}}
+PER_PROCESS: dict[str, dict[str, Any]] = {
+    "cyclegan": {"pool": 0},
+    "cycada": {"gate": None, "dropout": 0},
+    "mrnet": {"rare_weight": 1, "hard_share": 1},
+    "rectified": {"rare_weight": 1},
+    "proda": {"strong": False, "decay": 1},
+    "distil": {"strong": False},
+}
 """What switches off a method's memory of the pictures that one process saw, where processes are compared."""
+
+TWO_OUTPUTS = {"name": "deeplabv2_multi", "output_stride": 32}
+NETWORKS: dict[str, dict[str, Any]] = {"mrnet": TWO_OUTPUTS, "rectified": TWO_OUTPUTS}
+"""What differs from `NETWORK` for a method that needs another network."""
+
+LINKS: dict[str, dict[str, str]] = {
+    "cyclegan": {"teacher": "teacher"},
+    "proda": {"teacher": "teacher", "prototypes": "prototypes"},
+    "distil": {"teacher": "teacher"},
+}
+"""Earlier stages, in a run of the method, that it cannot do without."""
+
+STREAMS = dict.fromkeys(("adaptsegnet", "minent", "advent"), frozenset(Stream) - {Stream.PSEUDO})
+"""What a method is given that cannot take all its streams at once."""
 
 
 # --------------------------------------------------------------------------------------------------------- pictures
@@ -119,6 +143,12 @@ def settings(name: str) -> dict[str, Any]:
     return {"name": name, **METHODS.get(name, {})}
 
 
+def taken(name: str) -> frozenset[Stream]:
+    """The streams a method is given."""
+    kind = load_method(name)
+    return STREAMS.get(name, kind.needs | kind.optional)
+
+
 def optimisers(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """A change of settings that gives every optimiser of a method the same `config`."""
     fields = load_method(name).settings.model_fields
@@ -126,9 +156,11 @@ def optimisers(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def build(name: str, steps: int, segmenter: Callable[[], Segmenter], changes: Mapping[str, Any]) -> Method[Any]:
-    """The method with all streams it can use."""
+    """The method with the streams it takes, a teacher and prototypes."""
     kind = load_method(name)
-    task = Task(street(), segmenter, frozenset(kind.needs | kind.optional), steps)
+    size = len(street().classes), segmenter().decoder.channels
+    prototypes = torch.randn(size, generator=torch.Generator().manual_seed(0))
+    task = Task(street(), segmenter, taken(name), steps, segmenter, prototypes)
     built: Method[Any] = kind(kind.settings.model_validate(settings(name) | dict(changes)), task)
     return built
 
@@ -154,7 +186,7 @@ def training(
     name: str,
     steps: int,
     runtime: Runtime = CPU,
-    segmenter: Callable[[], Segmenter] = tiny_segmenter,
+    segmenter: Callable[..., Segmenter] = tiny_segmenter,
     changes: Mapping[str, Any] | None = None,
     seed: int = 0,
     **logging: int,
@@ -162,7 +194,7 @@ def training(
     """A training of a method in `folder`, with `changes` of its settings; `seed` is that of the initial weights."""
     torch.manual_seed(seed)
     config = TrainingConfig(steps=steps, batch=2, augment=AugmentConfig(crop=(32, 32)))
-    method = build(name, steps, segmenter, changes or {})
+    method = build(name, steps, partial(segmenter, **NETWORKS.get(name, {})), changes or {})
     return Training(method, config, LoggingConfig.model_validate({"every": 1, **logging}), folder, runtime, seed=0)
 
 

@@ -180,7 +180,9 @@ def report(
 
 @app.command("list", rich_help_panel="Look")
 def list_names(
-    what: Annotated[str | None, typer.Argument(help="runs, data, labels, methods, networks or protocols.")] = None,
+    what: Annotated[
+        str | None, typer.Argument(help="runs, bases, data, labels, methods, networks or protocols.")
+    ] = None,
 ) -> None:
     """What can be named in files and commands."""
     from udas.pipeline.console import print_names

@@ -17,7 +17,7 @@ from udas.errors import ConfigError
 from udas.validation import nearest
 
 PRESETS = Path(__file__).parent / "presets"
-FOLDERS = {"data": "data preset", "labels": "label space", "runs": "run preset"}
+FOLDERS = {"data": "data preset", "labels": "label space", "runs": "run preset", "bases": "base of run files"}
 
 Size = tuple[Annotated[int, Field(gt=0)], Annotated[int, Field(gt=0)]]
 Zoom = Annotated[float, Field(ge=0.1, le=10)]
@@ -144,6 +144,9 @@ class OptimiserConfig(Config):
         "poly", description="poly: (1-t/T)^power; linear: constant until `decay_from`, then to zero"
     )
     power: float = Field(0.9, gt=0, description="of the poly schedule")
+    horizon: int | None = Field(
+        None, gt=0, description="T, steps that the schedule is made for when training stops before its end"
+    )
     decay_from: Share = Field(0.5, description="share of the steps at which `linear` begins to fall")
     warmup: int = Field(0, ge=0, description="steps of linear warm-up")
     warmup_from: Share = Field(0.1, description="factor on the learning rate at the first warm-up step")
@@ -179,7 +182,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def preset_names(folder: str) -> list[str]:
-    """Names of the packaged presets in `data`, `labels` or `runs`."""
+    """Names of the packaged presets in `data`, `labels`, `runs` or `bases`."""
     return sorted(path.stem for path in (PRESETS / folder).glob("*.yaml"))
 
 
@@ -205,7 +208,7 @@ def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
     Raises:
         ConfigError: when an assignment has no `=`, its value is not YAML, or it reaches into a value without keys.
     """
-    result: dict[str, Any] = yaml.safe_load(yaml.safe_dump(raw, sort_keys=False))
+    result: dict[str, Any] = _unshared(raw)
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not all(key.strip().split(".")):
@@ -216,6 +219,13 @@ def override(raw: dict[str, Any], assignments: list[str]) -> dict[str, Any]:
             raise ConfigError(f"override {assignment!r}: {text!r} is not valid YAML") from None
         _assign(result, key.strip(), value)
     return result
+
+
+def _unshared(value: Any) -> Any:
+    """A copy in which no two places share a group, as YAML's anchors make them do: a change of one is of one alone."""
+    if isinstance(value, dict):
+        return {key: _unshared(inner) for key, inner in value.items()}
+    return [_unshared(inner) for inner in value] if isinstance(value, list) else value
 
 
 def merge(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,16 @@ METHODS = {
     "supervised": "udas.methods.supervised:Supervised",
     "cyclegan": "udas.methods.cyclegan:CycleGAN",
     "udas": "udas.methods.udas:UDAS",
+    "cycada": "udas.methods.cycada:CyCADA",
+    "adaptsegnet": "udas.methods.adaptsegnet:AdaptSegNet",
+    "minent": "udas.methods.minent:MinEnt",
+    "advent": "udas.methods.advent:AdvEnt",
+    "mrnet": "udas.methods.mrnet:MRNet",
+    "rectified": "udas.methods.rectified:Rectified",
+    "fda": "udas.methods.fda:FDA",
+    "dacs": "udas.methods.dacs:DACS",
+    "proda": "udas.methods.proda:ProDA",
+    "distil": "udas.methods.distil:Distil",
 }
 
 

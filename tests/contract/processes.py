@@ -22,8 +22,8 @@ STEPS = 2
 SGD = {"name": "sgd", "lr": 0.001, "weight_decay": 0}
 
 
-def segmenter() -> Segmenter:
-    network = per_picture(tiny_segmenter())
+def segmenter(**changes: Any) -> Segmenter:
+    network = per_picture(tiny_segmenter(**changes))
     assert isinstance(network, Segmenter)
     return network
 

@@ -20,7 +20,7 @@ TRAINING = {"steps": 6, "batch": 2}
 LOGGING = {"every": 2, "checkpoint_every": 2, "evaluate_every": 3}
 CROP = {"augment": {"crop": [32, 32]}}
 STAGES: dict[str, Any] = {
-    "style": {"method": settings("cyclegan"), "training": CROP},
+    "style": {"method": settings("cyclegan") | {"semantic": 0}, "training": CROP},
     "repainted": {"kind": "translate", "model": "style"},
     "teacher": {"method": settings("udas"), "source": "repainted"},
     "student": {

@@ -15,6 +15,8 @@ import torch
 from tiny_run import (
     CPU,
     GRANTED,
+    LINKS,
+    NETWORKS,
     QUIET,
     given,
     loaded,
@@ -23,12 +25,13 @@ from tiny_run import (
     same_tensors,
     settings,
     streams,
+    taken,
     tensors_below,
     training,
 )
 from udas.data.batch import Stream
 from udas.methods.base import Method
-from udas.names import METHODS, load_method
+from udas.names import METHODS
 from udas.networks.generators import load_translator
 from udas.networks.weights import load_segmenter
 from udas.pipeline.run import run
@@ -163,14 +166,18 @@ def guarded(tmp_path: Path) -> Path:
 
 
 def chain(name: str) -> dict[str, Any]:
-    """A run of the method, with a teacher and its labels before it where it takes pseudo-labels."""
-    kind = load_method(name)
+    """A run of the method, with the stages before it that it builds on."""
     method = {"method": settings(name), "training": {"augment": {"crop": [32, 32]}}}
-    if Stream.PSEUDO not in kind.needs | kind.optional:
-        return {"tested": method}
-    teacher = {"method": {"name": "supervised"}, "streams": ["source"]}
-    labels = {"kind": "label", "model": "teacher", "rule": {"views": 2, "threshold": 0.0}}
-    return {"teacher": teacher, "labels": labels, "tested": method | {"pseudo": "labels"}}
+    method |= {"network": NETWORKS[name]} if name in NETWORKS else {}
+    links = {"pseudo": "labels"} if Stream.PSEUDO in taken(name) else {}
+    links |= LINKS.get(name, {})
+    earlier = {
+        "teacher": {"method": {"name": "supervised"}, "streams": ["source"]},
+        "labels": {"kind": "label", "model": "teacher", "rule": {"views": 2, "threshold": 0.0}},
+        "prototypes": {"kind": "prototypes", "model": "teacher", "minimum": 1},
+    }
+    used = {stage: earlier[stage] for stage in earlier if stage in links.values() or (links and stage == "teacher")}
+    return used | {"tested": method | links}
 
 
 @every_method

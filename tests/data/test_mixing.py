@@ -10,8 +10,10 @@ import torchvision.transforms.v2.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udas.data.mixing import cutmix_boxes, jitter, paste, strong
+from udas.data.batch import IGNORE
+from udas.data.mixing import classmix_masks, cutmix_boxes, jitter, paste, strong
 from udas.data.sampling import seed_of
+from udas.errors import ConfigError
 
 seeds = st.lists(st.integers(0, 2**63 - 1), min_size=1, max_size=4)
 sides = st.integers(1, 40)
@@ -61,6 +63,57 @@ def test_pasted_pictures_and_labels_agree(picture_seeds, height, width):
         assert torch.equal(value, before), "an input was modified"
     mixed.fill_(-1)
     assert (image == 0).all(), "the result shares memory with its input"
+
+
+def test_pictures_of_different_sizes_are_not_mixed():
+    with pytest.raises(ConfigError, match=r"4 x 6 pixels cannot be mixed into 4 x 5.*augment\.crop"):
+        paste(noise(1, 4, 5), noise(1, 4, 6), torch.ones(1, 1, 4, 5, dtype=torch.bool))
+
+
+def labels_of(picture_seeds, classes, height=6, width=7):
+    """Random labels of few classes, some of them void."""
+    generator = torch.Generator().manual_seed(picture_seeds[0])
+    labels = torch.randint(classes, (len(picture_seeds), height, width), generator=generator) * 3
+    labels[torch.rand(labels.shape, generator=generator) < 0.2] = IGNORE
+    return labels
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds, st.integers(1, 12), st.booleans())
+def test_classmix_takes_whole_classes_half_of_them_rounded_up(picture_seeds, classes, void):
+    labels = labels_of(picture_seeds, classes)
+    masks = classmix_masks(labels, picture_seeds, void)
+    assert masks.shape == (len(labels), 1, *labels.shape[1:])
+    assert masks.dtype == torch.bool
+    for label, mask in zip(labels, masks[:, 0], strict=True):
+        inside, outside = set(label[mask].tolist()), set(label[~mask].tolist())
+        assert not inside & outside, "a class was cut"
+        there = set(label.flatten().tolist()) - (set() if void else {IGNORE})
+        assert inside <= there
+        assert len(inside) == math.ceil(len(there) / 2)
+
+
+def test_a_picture_without_classes_gives_nothing_and_one_class_everything():
+    labels = torch.stack([torch.full((3, 4), IGNORE), torch.full((3, 4), 7)])
+    assert classmix_masks(labels, many(2)).flatten(1).any(1).tolist() == [False, True]
+    assert classmix_masks(labels, many(2), void=True).all()
+
+
+def test_every_subset_of_classes_is_as_likely():
+    labels = torch.arange(4).view(1, 1, 4).expand(3000, -1, -1).contiguous()
+    drawn = classmix_masks(labels, many(3000)).flatten(1)
+    _, counts = drawn.unique(dim=0, return_counts=True)
+    assert len(counts) == 6  # of 4 over 2, each 500 times with a standard deviation of 20
+    assert 400 < counts.min() <= counts.max() < 600
+
+
+def test_classes_are_drawn_for_each_picture_from_its_own_seed():
+    labels = torch.arange(12).view(1, 3, 4).repeat(5, 1, 1)
+    masks = classmix_masks(labels, many(5))
+    assert len(masks.flatten(1).unique(dim=0)) > 2, "one draw for the whole batch"
+    labels[0] = IGNORE  # another picture of the batch plays no part
+    assert torch.equal(classmix_masks(labels, many(5))[1:], masks[1:])
+    assert torch.equal(classmix_masks(labels[3:4], many(5)[3:4]), masks[3:4])
 
 
 def test_the_areas_of_boxes_follow_the_formula():
@@ -187,6 +240,15 @@ def test_blur_is_gaussian_with_a_sigma_per_picture():
     torch.testing.assert_close(strong(flat, many(4), jittered=0, grey=0, blurred=1), flat)
 
 
+def test_the_range_of_the_blur_can_be_chosen():
+    point = torch.zeros(100, 3, 31, 31)
+    point[:, :, 15, 15] = 1
+    blurred = strong(point, many(100), jittered=0, grey=0, blurred=1, sigma=(1.0, 1.5))
+    sigma = (blurred[:, 0].sum(1) * (torch.arange(31) - 15.0) ** 2).sum(1).sqrt()
+    assert 0.98 < sigma.min() < 1.05
+    assert 1.44 < sigma.max() < 1.5
+
+
 def test_autocast_does_not_lower_the_precision():
     with torch.autocast("cpu", torch.bfloat16):
         inside = strong(noise(), many(3), blurred=1)
@@ -207,6 +269,8 @@ def test_the_uses_of_a_seed_are_independent():
 def test_the_device_draws_the_same():
     cuda = torch.device("cuda")
     assert torch.equal(cutmix_boxes(many(8), 40, 50, cuda).cpu(), cutmix_boxes(many(8), 40, 50))
+    labels = labels_of(many(8), 9)
+    assert torch.equal(classmix_masks(labels.to(cuda), many(8)).cpu(), classmix_masks(labels, many(8)))
     for operation in OPERATIONS.values():
         here, there = operation(noise(8), many(8)), operation(noise(8).to(cuda), many(8)).cpu()
         torch.testing.assert_close(here, there, rtol=0, atol=1e-4)

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import random
 
 import pytest
 import torch
 from torch import nn
 
+from equivalence.small import naive_cross_entropy
+from equivalence.small import task as small_task
 from equivalence.stepping import advance, lend_engine, turns
 from udas.data.batch import Batch, Block
 from udas.data.sampling import seed_of
-from udas.errors import DataError
+from udas.errors import ConfigError, DataError
 from udas.losses import squared_distance
 from udas.methods.base import Task
 from udas.methods.cyclegan import CycleGAN, CycleGANConfig, ImagePool, critic_loss
@@ -25,8 +28,18 @@ SMALL = {"generator": {"width": 4, "blocks": 1}, "critic_width": 4, "pool": 2}
 
 def make(**settings):
     torch.manual_seed(0)
-    task = Task(taxonomy=None, segmenter=None, streams=CycleGAN.needs, steps=3)
+    task = Task(taxonomy=None, segmenter=None, streams=CycleGAN.needs, steps=3, teacher=opinionated)
     return CycleGAN(validate(CycleGANConfig, SMALL | settings, "test"), task)
+
+
+def opinionated():
+    """A segmenter whose batch norms have seen pictures, and that finds every class in them."""
+    network = small_task(CycleGAN.needs).segmenter()
+    with torch.no_grad():
+        for step in range(10):
+            network(block(step).image)
+        network.decoder.score.bias -= network.eval()(block(0).image).mean((0, 2, 3))
+    return network
 
 
 def block(seed, height=24, width=32, dtype=torch.float32):
@@ -49,6 +62,7 @@ class Naive:
         self.adam_d = torch.optim.Adam(chain(self.D_X.parameters(), self.D_Y.parameters()), lr, betas)
         self.lambdas, self.size, self.kept_x, self.kept_y = (lambda_a, lambda_b, lambda_idt), pool, [], []
         self.swaps = set()
+        self.semantic = lambda original, translation: 0
 
     def step(self, batch):
         a, b, i = self.lambdas
@@ -59,8 +73,9 @@ class Naive:
         gan = torch.mean((self.D_Y(fake_y) - 1) ** 2) + torch.mean((self.D_X(fake_x) - 1) ** 2)
         cycle = a * nn.functional.l1_loss(self.F(fake_y), x) + b * nn.functional.l1_loss(self.G(fake_x), y)
         identity = b * i * nn.functional.l1_loss(self.G(y), y) + a * i * nn.functional.l1_loss(self.F(x), x)
+        semantic = self.semantic(x, fake_y) + self.semantic(y, fake_x)
         self.adam_g.zero_grad()
-        (gan + cycle + identity).backward()
+        (gan + cycle + identity + semantic).backward()
         self.adam_g.step()
         for p in [*self.D_X.parameters(), *self.D_Y.parameters()]:
             p.requires_grad = True
@@ -71,7 +86,7 @@ class Naive:
         self.adam_d.zero_grad()
         (loss_x + loss_y).backward()
         self.adam_d.step()
-        return (gan + cycle + identity).item(), (loss_x + loss_y).item()
+        return (gan + cycle + identity + semantic).item(), (loss_x + loss_y).item()
 
     def query(self, kept, fresh, seeds):
         shown = []
@@ -180,6 +195,85 @@ class Constant(nn.Module):
 def test_critic_loss_by_hand(real, fake, loss):
     verdict = {"real": torch.full((2, 1, 3, 3), float(real)), "fake": torch.full((2, 1, 3, 3), float(fake))}
     assert critic_loss(verdict.__getitem__, "real", "fake").item() == loss
+
+
+# -------------------------------------------------------------------------------------------- semantic consistency
+
+
+class Seen:
+    """CyCADA's L_sem as its paper has it: labels that f_S gives the originals, cross-entropy on the translations."""
+
+    def __init__(self, method, weight):
+        self.f_S = copy.deepcopy(method.f_S.network).eval()
+        self.weight = weight
+
+    def __call__(self, original, translation):
+        classes = torch.stack([scores.argmax(0) for scores in self.f_S((original + 1) / 2).detach()])
+        return self.weight * naive_cross_entropy(self.f_S((translation + 1) / 2), classes)
+
+
+def test_semantic_term_is_the_formula():
+    constant = {"schedule": "constant"}
+    method = make(semantic=2.0, generators=constant, discriminators=constant).double()
+    naive = Naive(method, 2e-4, (0.5, 0.999), 10.0, 10.0, 0.5, 2)
+    naive.semantic = Seen(method, 2.0)
+    assert len(method.f_S(block(0, dtype=torch.float64).image).argmax(1).unique()) == 3
+    engine = lend_engine(method)
+    for step in range(2):
+        seen = batch(step, dtype=torch.float64)
+        losses = advance(engine, method, seen, step)
+        generators, _ = naive.step(seen)
+        assert sum(losses.values()) - losses["D_X"] - losses["D_Y"] == pytest.approx(generators, rel=1e-6)
+    for name in ("G", "F", "D_X", "D_Y"):
+        ours, theirs = getattr(method, name).state_dict(), getattr(naive, name).state_dict()
+        for key in theirs:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-8, atol=1e-10, msg=f"{name}.{key}")
+
+
+def test_f_s_stays_as_it_was_and_is_seen_in_evaluation():
+    method = make(semantic=1.0)
+    before = copy.deepcopy(method.f_S.state_dict())
+    method.eval()
+    method.train()
+    assert not any(module.training for module in method.f_S.modules())
+    advance(lend_engine(method), method, batch(0))
+    assert all(torch.equal(value, before[key]) for key, value in method.f_S.state_dict().items())  # and its statistics
+    assert not any(parameter.requires_grad for parameter in method.f_S.parameters())
+    assert any(key.startswith("f_S.") for key in method.state_dict())
+
+
+def test_semantic_term_by_hand():
+    """With an f_S that reads colours as classes: a repainted class costs, a kept one hardly does."""
+    method = make(semantic=2.0)
+    method.f_S.network = Colours()
+    red, blue = (torch.full((1, 3, 4, 4), -1.0) for _ in range(2))
+    red[:, 0], blue[:, 2] = 1.0, 1.0
+    kept = math.log(1 + 2 * math.exp(-4))
+    assert method._semantic(red, red).item() == pytest.approx(2 * kept, rel=1e-5)
+    assert method._semantic(red, blue).item() == pytest.approx(2 * (4 + kept), rel=1e-5)
+
+
+class Colours(nn.Module):
+    """Red, green, blue as classes, with scores from 0 to 4."""
+
+    def forward(self, image):
+        return 4 * image
+
+
+def test_the_semantic_term_pulls_translations_back_to_their_classes():
+    method = make(semantic=1.0)
+    picture = 2 * batch(0).source.image - 1
+    translation = (0.5 * picture).requires_grad_()
+    before = method._semantic(picture, translation)
+    before.backward()
+    assert method._semantic(picture, translation - 0.02 * translation.grad.sign()) < before
+
+
+def test_semantic_without_a_teacher_is_a_mistake():
+    task = Task(taxonomy=None, segmenter=None, streams=CycleGAN.needs, steps=3)
+    with pytest.raises(ConfigError, match="teacher: missing"):
+        CycleGAN(validate(CycleGANConfig, SMALL | {"semantic": 1.0}, "test"), task)
+    assert make().f_S is None
 
 
 # ------------------------------------------------------------------------------------------------------ image pool

@@ -7,7 +7,12 @@ import torch
 
 from udas.errors import DataError
 from udas.losses import squared_distance
-from udas.networks.discriminators import MultiScaleDiscriminator, NLayerDiscriminator, PatchDiscriminator
+from udas.networks.discriminators import (
+    MultiScaleDiscriminator,
+    NLayerDiscriminator,
+    PatchDiscriminator,
+    PixelDiscriminator,
+)
 
 
 def parameters(module):
@@ -108,7 +113,40 @@ def test_layers_begin_small():
     assert weights.std().item() == pytest.approx(0.02, rel=1e-2)
 
 
-@pytest.mark.parametrize("critic", [PatchDiscriminator(3, 8), MultiScaleDiscriminator(3, 8), NLayerDiscriminator(3, 8)])
+def test_pixels_are_judged_alone():
+    critic = PixelDiscriminator(5, width=8, dropout=0)
+    image = torch.rand(2, 5, 3, 4)
+    verdict = critic(image)
+    assert verdict.shape == (2, 2, 3, 4)
+    changed = image.clone()
+    changed[0, :, 1, 2] += 1
+    other = (critic(changed) != verdict).any(1)
+    assert other.nonzero().tolist() == [[0, 1, 2]]
+
+
+def test_pixel_critic_is_the_published_network():
+    assert parameters(PixelDiscriminator(19)) == (19 + 1) * 512 + (512 + 1) * 256 + (256 + 1) * 2
+
+
+def test_pixel_critic_drops_whole_channels_while_it_learns():
+    torch.manual_seed(0)
+    critic = PixelDiscriminator(3, width=64)
+    critic.layers[-1] = torch.nn.Identity()
+    features = critic(torch.rand(1, 3, 8, 8))[0]
+    assert ((features == 0).all((1, 2)).float().mean() > 0.3).item()
+    critic.eval()
+    assert torch.equal(critic(image := torch.rand(1, 3, 8, 8)), critic(image))
+
+
+@pytest.mark.parametrize(
+    "critic",
+    [
+        PatchDiscriminator(3, 8),
+        MultiScaleDiscriminator(3, 8),
+        NLayerDiscriminator(3, 8),
+        PixelDiscriminator(3, 8, dropout=0),
+    ],
+)
 def test_scores_are_float32_in_mixed_precision_and_close_to_exact(critic):
     torch.manual_seed(0)
     image = torch.rand(2, 3, 64, 64)

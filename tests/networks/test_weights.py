@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from udas.config import NetworkConfig
 from udas.errors import RunError, WeightsError
 from udas.networks import pretrained
+from udas.networks.encoders import batch_norms
 from udas.networks.pretrained import Package, load_encoder_weights
 from udas.networks.segmenters import build_segmenter
 from udas.networks.weights import load_segmenter, save_segmenter
@@ -274,6 +275,14 @@ def test_another_network_is_refused(saved, wanted, message):
 
 def test_where_the_encoder_came_from_does_not_matter(saved):
     load_segmenter(saved[0], config("offline", strict=False, output_stride=16))
+
+
+@pytest.mark.parametrize("norm", ["affine_frozen", "frozen"])
+def test_how_batch_norm_learns_is_a_choice_of_the_next_training(saved, norm):
+    loaded, _ = load_segmenter(saved[0], config(output_stride=16, norm=norm))
+    assert loaded.config.norm == norm
+    assert not any(p.requires_grad for layer in batch_norms(loaded.encoder) for p in layer.parameters())
+    assert load_segmenter(saved[0])[0].config.norm == "train"
 
 
 def rewrite(path, tensors=lambda t: t, metadata=lambda m: m):

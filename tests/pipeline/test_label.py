@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from udas.data.dataset import PictureSet
 from udas.data.layout import Picture
 from udas.data.views import draw_views, look, map_back
 from udas.errors import RunError
+from udas.evaluation.protocols import ProtocolConfig
 from udas.pipeline.label import LabelConfig, label
 from udas.pipeline.label_files import Journal
 from udas.pipeline.label_maps import entropy, kept, most_confident
@@ -46,6 +48,14 @@ class Colours(nn.Module):
         self.views += len(image)
         logits = 6 * self.layers(image) + torch.tensor([-1.0, 0.3, 0.0]).view(1, 3, 1, 1)
         return nn.functional.pad(logits, (0, 0, 0, 0, 0, 1), value=-50.0)
+
+
+class TwoLevels(Colours):
+    """A model with a second output, which sees red as sky."""
+
+    def levels(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        main = self(image)
+        return main, main[:, [1, 0, 2, 3]]
 
 
 class Company(Colours):
@@ -139,6 +149,41 @@ def test_labels_are_those_of_a_naive_loop(pictures: PictureSet, tmp_path: Path, 
         assert np.array_equal(written[clear], np.where(sure >= 0.7, best, IGNORE)[clear])
         confidence = read(tmp_path / "out" / "confidence" / f"{picture.name}.png")
         assert np.abs(confidence.astype(int) - sure * 255).max() <= 0.51
+
+
+def test_a_protocol_takes_the_place_of_views(pictures: PictureSet, tmp_path: Path) -> None:
+    """Mean of the softmax over two scales and flips, of two fused outputs, instead of the surest of K views."""
+    protocol = ProtocolConfig(scales=(1.0, 0.5), flips=True, fusion=(1.0, 0.5))
+    config = LabelConfig(rule="constant", threshold=0.7, confidence=True, protocol=protocol, batch=3)
+    model = TwoLevels().eval()
+    label(model, unlabelled(pictures), TOWN, config, tmp_path / "out", CPU)
+    for index, picture in enumerate(pictures.pictures):
+        image, found = pictures.image(index)[None].float() / 255, []
+        for scale in (1.0, 0.5):
+            size = [round(side * scale) for side in image.shape[-2:]]
+            small = nn.functional.interpolate(image, size, mode="bilinear", antialias=True) if scale != 1 else image
+            for turned in (False, True):
+                main, second = model.levels(small.flip(-1) if turned else small)
+                fused = main + 0.5 * second
+                fused = fused.flip(-1) if turned else fused
+                found.append(nn.functional.interpolate(fused, image.shape[-2:], mode="bilinear").softmax(1))
+        sure, best = (sum(found) / 4)[0].detach().max(0)
+        clear = ((sure - 0.7).abs() > 1e-4).numpy()
+        expected = best.masked_fill(sure < 0.7, IGNORE).numpy()
+        assert np.array_equal(read(tmp_path / "out" / "labels" / f"{picture.name}.png")[clear], expected[clear])
+
+
+def test_a_protocol_may_forbid_classes(pictures: PictureSet, tmp_path: Path) -> None:
+    protocol = ProtocolConfig(subset=("road", "tree"), restrict=True)
+    config = LabelConfig(rule="constant", threshold=0, protocol=protocol)
+    predicted = label(Colours(), unlabelled(pictures), TOWN, config, tmp_path, CPU)["predicted"]
+    assert [predicted[name] for name in ("sky", "snow")] == [0, 0]
+    assert predicted["road"] + predicted["tree"] == 1
+
+
+def test_a_protocol_has_no_temperature() -> None:
+    with pytest.raises(ValidationError, match="`temperature` belongs to `views`"):
+        LabelConfig.model_validate({"protocol": "seg_uncertainty", "temperature": 0.5})
 
 
 def test_labels_can_be_read_as_pseudo_labels(pictures: PictureSet, tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from rich.console import Console
 from tiny_run import CPU, QUIET, loaded, make_world, raw_run, run_file
 from udas.errors import ConfigError, DataError, RunError
 from udas.pipeline import run as pipeline
-from udas.pipeline.config import RunConfig, build_run
+from udas.pipeline.config import RunConfig, build_run, load_run
 from udas.pipeline.context import Context
-from udas.pipeline.plan import plan
+from udas.pipeline.plan import plan, settings
 from udas.pipeline.run import run, show_plan
 
 FIRST = {
@@ -88,6 +88,13 @@ def test_what_a_change_makes_again(
     world: Path, finished: Path, tmp_path: Path, override: str, expected: list[str]
 ) -> None:
     assert list(actions(configured(world, tmp_path, override), finished).values()) == expected
+
+
+def test_settings_that_came_later_leave_old_fingerprints_alone() -> None:
+    """What the demo's stages were told when format 1 was new; a change here makes everybody's finished work again."""
+    known = json.loads((Path(__file__).parents[1] / "golden" / "settings.json").read_text())
+    stages = load_run("demo").stages
+    assert {name: settings(stages[name]) for name in known} == known
 
 
 def test_unfinished_stages_resume_and_folders_of_unknown_origin_are_not_used(

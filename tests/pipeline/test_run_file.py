@@ -78,6 +78,18 @@ def test_an_evaluation_follows_every_network_that_segments() -> None:
     assert config["evaluate_teacher"].protocol.name == "proda"
 
 
+def test_an_evaluation_of_ones_own_has_the_protocol_of_the_run_or_its_own() -> None:
+    stages = {
+        "teacher": TEACHER,
+        "again": {"kind": "evaluate", "model": ["teacher"]},
+        "flipped": {"kind": "evaluate", "model": "teacher", "protocol": {"flips": True}},
+    }
+    config: Any = build_run(run(stages, protocol="proda"), "run.yaml").stages
+    assert config["again"].protocol.name == "proda"
+    assert (config["flipped"].protocol.name, config["flipped"].protocol.flips) == ("own", True)
+    assert mistakes(run(stages, protocol={"flip": True})) == ["protocol.flip: unknown key; did you mean 'flips'?"]
+
+
 def test_data_sets_by_name_and_with_changes(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     raw = run({"teacher": TEACHER}, data={"source": "gta5", "target": {"preset": "cityscapes", "size": [8, 16]}})
@@ -103,6 +115,47 @@ def test_every_packaged_run_loads(name: str) -> None:
     config = load_run(name)
     assert config.name
     assert RunConfig.model_validate(json.loads(config.model_dump_json())) == config
+
+
+# ------------------------------------------------------------------------------------------------------------- base
+
+
+def write(folder: Path, name: str, content: dict[str, Any]) -> str:
+    (folder / name).write_text(yaml.safe_dump(content))
+    return str(folder / name)
+
+
+def test_a_base_gives_what_a_file_does_not_say(tmp_path: Path) -> None:
+    training = {"steps": 7, "augment": {"crop": [32, 32], "flip": False}}
+    base = write(tmp_path, "base.yaml", run({"old": TEACHER}, training=training, seed=5, network={"name": "fcn"}))
+    own = {"base": base, "training": {"augment": {"flip": True}}, "data": {"target": {"labelled": {"count": 3}}}}
+    file = write(tmp_path, "mine.yaml", own | {"stages": {"teacher": TEACHER}})
+    config: Any = load_run(file, ["training.batch=2"])
+    assert (config.name, config.seed, list(config.stages)) == ("mine", 5, ["teacher", "evaluate_teacher"])
+    training = config.stages["teacher"].training
+    assert (training.steps, training.batch, training.augment.crop, training.augment.flip) == (7, 2, (32, 32), True)
+    assert config.stages["teacher"].network.name == "fcn"
+    assert (config.data.target.root, config.data.target.labelled.count) == ("/data", 3)
+    assert config.data.source.name == "streets_game"
+
+
+@pytest.mark.parametrize("name", preset_names("bases"))
+def test_every_packaged_base_carries_a_run(name: str, tmp_path: Path) -> None:
+    config: Any = load_run(write(tmp_path, "run.yaml", {"base": name, "stages": {"teacher": TEACHER}}))
+    assert config.data.source is not None
+    assert config.data.target.labelled == "none"
+    assert config.stages["evaluate_teacher"].protocol == config.protocol
+
+
+def test_mistakes_about_a_base(tmp_path: Path) -> None:
+    stages = {"stages": {"teacher": TEACHER}}
+    with pytest.raises(ConfigError, match=r"no base of run files 'street'; did you mean 'streets'\?"):
+        load_run(write(tmp_path, "run.yaml", {"base": "street"} | stages))
+    first = write(tmp_path, "first.yaml", {"base": "streets"})
+    with pytest.raises(ConfigError, match=r"first.yaml: is a base and has a `base` itself"):
+        load_run(write(tmp_path, "run.yaml", {"base": first} | stages))
+    with pytest.raises(ConfigError, match="stages: missing"):
+        load_run(first)
 
 
 # -------------------------------------------------------------------------------------------------------- mistakes
@@ -146,6 +199,44 @@ def test_references_are_checked_with_everything_else() -> None:
         "stages.student.start: 'student' is not an earlier train stage (choose from: style, teacher)",
         "stages.students.model: 'labels' is not an earlier train stage (choose from: student, style, teacher)",
     ]
+
+
+def test_references_of_every_kind_are_checked() -> None:
+    stages = {
+        "teacher": TEACHER,
+        "ranking": {"kind": "rank", "model": "teacher"},
+        "means": {"kind": "prototypes", "model": "ranking"},
+        "labels": {"kind": "label", "model": ["teacher", "techer", "x"], "easy": "means"},
+        "student": TEACHER | {"hard": "labels", "prototypes": "mean", "teacher": "student"},
+        "both": {"kind": "evaluate", "model": ["teacher", "labels"]},
+    }
+    assert mistakes(run(stages)) == [
+        "stages.means.model: 'ranking' is not an earlier train stage (choose from: teacher)",
+        "stages.labels.model: 'techer' is not an earlier train stage; did you mean 'teacher'?",
+        "stages.labels.easy: 'means' is not an earlier rank stage (choose from: ranking)",
+        "stages.student.teacher: 'student' is not an earlier train stage (choose from: teacher)",
+        "stages.student.prototypes: 'mean' is not an earlier prototypes stage; did you mean 'means'?",
+        "stages.student.hard: 'labels' is not an earlier rank stage (choose from: ranking)",
+        "stages.both.model: 'labels' is not an earlier train stage (choose from: student, teacher)",
+    ]
+
+
+def test_a_stage_has_one_way_to_do_its_work() -> None:
+    stages = {
+        "teacher": TEACHER,
+        "means": {"kind": "prototypes", "model": "teacher"},
+        "neither": {"kind": "translate"},
+        "two": {"kind": "translate", "model": "teacher", "fourier": {"beta": 0.1}},
+        "near": {"kind": "label", "model": ["teacher", "teacher"], "prototypes": "means"},
+        "nobody": {"kind": "evaluate", "model": []},
+        "none": {"kind": "rank", "model": "teacher", "easy": 0},
+    }
+    way = "give `model` (a train stage of a translator) or `fourier`, one of them"
+    found = {line.split(":")[0]: line.partition(": ")[2] for line in mistakes(run(stages))}
+    assert found["stages.neither"] == found["stages.two"] == way
+    assert found["stages.near"] == "`prototypes` are features of one network: give one `model`"
+    assert "at least 1 item" in found["stages.nobody.model"]
+    assert found["stages.none.easy"] == "input should be greater than 0 (got 0)"
 
 
 def test_nothing_is_said_of_stages_that_name_a_broken_one() -> None:
@@ -235,6 +326,16 @@ def test_the_schema_knows_what_may_be_left_short_and_refuses_the_rest() -> None:
     assert accepted(good)
     assert accepted(good | {"data": {"source": "gta5", "target": {"preset": "cityscapes", "labelled": {"count": 3}}}})
     assert accepted(good | {"protocol": {"preset": "proda", "subset": "synthia16"}})
+    stages = {"a": {"kind": "rank", "model": "teacher"}, "b": {"kind": "evaluate", "model": ["teacher"]}}
+    assert accepted({"base": "streets", "stages": stages})
+    assert accepted({"base": "streets", "data": {"target": {"labelled": "all"}}, "stages": {}})
+    for content in (
+        {"base": "streets"},
+        {"base": "streets", "data": {"target": {"szie": [3, 4]}}, "stages": {}},
+        {"data": {"target": {"labelled": "all"}}, "taxonomy": "street11", "stages": {}},
+        {"base": "streets", "stages": {"a": {"kind": "rank", "model": "teacher", "easi": 0.5}}},
+    ):
+        assert not accepted(content), content
     for changes in (
         {"sede": 1},
         {"training": {"step": 3}},
@@ -250,5 +351,5 @@ def test_the_schema_knows_what_may_be_left_short_and_refuses_the_rest() -> None:
 
 def test_the_schema_describes_every_key_of_a_run() -> None:
     json.dumps(SCHEMA)
-    assert SCHEMA["properties"].keys() == RunConfig.model_fields.keys() | {"network", "training"}
+    assert SCHEMA["properties"].keys() == RunConfig.model_fields.keys() | {"base", "network", "training"}
     assert "lambda_adv" in SCHEMA["$defs"]["UDASConfig"]["properties"]["adversarial"]["description"]

@@ -20,6 +20,8 @@ from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
 from udas.data.sampling import seed_of
+from udas.errors import ConfigError
+from udas.taxonomy import IGNORE
 
 BLUR_SIGMA = (0.1, 2.0)  # pixels; UniMatch and SimCLR
 BLUR_KERNEL = 13  # reaches three of the largest sigma to each side
@@ -52,6 +54,29 @@ def _inside(centre: Tensor, share: Tensor, length: int) -> Tensor:
     return (pixels - centre[:, None] * length).abs() < share[:, None] * length / 2
 
 
+def classmix_masks(labels: Tensor, seeds: Sequence[int], void: bool = False) -> Tensor:
+    """The pixels of a random half of the classes of each picture (ClassMix; Olsson et al., WACV 2021, section 3.1).
+
+    Of the n classes that are present in *this* picture, ceil(n / 2) are drawn, all subsets of that size alike.
+
+    Args:
+        labels: [B, H, W] int64 class ids or IGNORE.
+        seeds: one seed per picture.
+        void: IGNORE counts as one of the classes, so that unlabelled pixels can be part of the mask too.
+
+    Returns:
+        [B, 1, H, W] bool, True where the class of the pixel was drawn.
+    """
+    flat = labels.flatten(1)
+    present = torch.zeros(len(labels), IGNORE + 1, dtype=torch.bool, device=labels.device).scatter_(1, flat, True)
+    if not void:
+        present[:, IGNORE] = False
+    draws = torch.stack(_uniform(seeds, "classmix", IGNORE + 1, labels.device), 1)
+    rank = draws.masked_fill(~present, torch.inf).argsort(1).argsort(1)
+    drawn = present & (2 * rank < present.sum(1, keepdim=True))
+    return drawn.gather(1, flat).view_as(labels)[:, None]
+
+
 def paste(base: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
     """A new tensor with `patch` where `mask` is True and `base` elsewhere.
 
@@ -59,7 +84,13 @@ def paste(base: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
         base: [B, C, H, W] pictures or [B, H, W] labels.
         patch: like `base`.
         mask: [B, 1, H, W] bool, for both kinds (or [B, H, W] for labels).
+
+    Raises:
+        ConfigError: the two differ in size.
     """
+    if base.shape[-2:] != patch.shape[-2:]:
+        sizes = " x ".join(map(str, patch.shape[-2:])), " x ".join(map(str, base.shape[-2:]))
+        raise ConfigError(f"{sizes[0]} pixels cannot be mixed into {sizes[1]}: give both streams one augment.crop")
     mask = mask.to(base.device, non_blocking=True)
     return torch.where(mask.squeeze(1) if mask.ndim > base.ndim else mask, patch, base)
 
@@ -102,6 +133,7 @@ def strong(
     jittered: float = 0.8,
     grey: float = 0.2,
     blurred: float = 0.5,
+    sigma: tuple[float, float] = BLUR_SIGMA,
 ) -> Tensor:
     """The strong view of UniMatch (Yang et al., CVPR 2023): colour jitter, random greyscale, Gaussian blur.
 
@@ -116,21 +148,21 @@ def strong(
         hue: strength, see `jitter`.
         jittered: probability that a picture's colours are changed.
         grey: probability that a picture becomes grey.
-        blurred: probability that a picture is blurred, with sigma ~ U(0.1, 2) pixels.
+        blurred: probability that a picture is blurred.
+        sigma: smallest and largest standard deviation of the blur in pixels, drawn uniformly; at most 2.
 
     Returns:
         [B, 3, H, W] in [0, 1].
     """
-    if_jittered, if_grey, if_blurred, sigma = _uniform(seeds, "strong", 4, image.device)
+    if_jittered, if_grey, if_blurred, width = _uniform(seeds, "strong", 4, image.device)
     image = _where(if_jittered < jittered, jitter(image, seeds, brightness, contrast, saturation, hue), image)
     image = _where(if_grey < grey, rgb_to_grayscale(image).expand_as(image), image)
-    return _where(if_blurred < blurred, _blur(image, sigma), image)
+    return _where(if_blurred < blurred, _blur(image, sigma[0] + (sigma[1] - sigma[0]) * width), image)
 
 
-def _blur(image: Tensor, draw: Tensor) -> Tensor:
+def _blur(image: Tensor, width: Tensor) -> Tensor:
     """Gaussian blur with one sigma per picture, in full precision whatever the method's autocast says."""
-    low, high = BLUR_SIGMA
-    sigma = (low + (high - low) * draw)[:, None].expand(-1, 2)
+    sigma = width[:, None].expand(-1, 2)
     with torch.autocast(image.device.type, enabled=False):
         blurred: Tensor = gaussian_blur2d(image, (BLUR_KERNEL, BLUR_KERNEL), sigma, border_type="replicate")
     return blurred

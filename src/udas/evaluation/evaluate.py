@@ -182,9 +182,8 @@ def _label(sample: Sample) -> Tensor:
 
 def _chosen(job: _Job, model: Network, samples: Sequence[Sample], size: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Highest probability and its class, [B, *size] each."""
-    classes, scored = job.taxonomy.classes, job.protocol.scored(job.taxonomy.classes)
-    excluded = [i for i, name in enumerate(classes) if name not in scored] if job.protocol.restrict else []
-    found = probabilities(model, to_input(samples, job.device), job.protocol, size, excluded)
+    classes = job.taxonomy.classes
+    found = probabilities(model, to_input(samples, job.device), job.protocol, size, job.protocol.excluded(classes))
     if found.shape[1] != len(classes):
         raise RunError(
             f"the network has {found.shape[1]} outputs, the label space {len(classes)} classes: "

@@ -117,6 +117,11 @@ class ProtocolConfig(Config):
                 )
         return tuple(name for name in classes if name in chosen)
 
+    def excluded(self, classes: Sequence[str]) -> list[int]:
+        """Ids of the classes that the network may not choose. Raises `ConfigError` as `scored`."""
+        scored = self.scored(classes)
+        return [number for number, name in enumerate(classes) if name not in scored] if self.restrict else []
+
     def describe(self, classes: Sequence[str]) -> str:
         """One line for the foot of a table; without classes, what holds for every label space."""
         parts = [f"{self.name}: whole picture" if self.mode == "whole" else f"{self.name}: {self._slide()}"]
@@ -148,8 +153,8 @@ class ProtocolConfig(Config):
 PROTOCOLS = {name: ProtocolConfig.model_validate(name) for name in _PRESETS}
 """Published protocols by name. For a SYNTHIA table add `subset`; `proda` has the easier reading, as it was published.
 
-Not expressed: the average of three networks behind FDA's multi-band numbers, and which snapshot is chosen. Networks
-here give logits at the size of their input: `align_corners` acts from there to the size labels are compared at.
+Not expressed: which snapshot is chosen. Networks here give logits at the size of their input: `align_corners` acts from
+there to the size labels are compared at.
 """
 
 

@@ -15,8 +15,9 @@ from udas.config import MethodConfig, OptimiserConfig
 from udas.data.batch import Batch, Stream
 from udas.data.sampling import seed_of
 from udas.errors import DataError
-from udas.losses import squared_distance
+from udas.losses import cross_entropy, squared_distance
 from udas.methods.base import Method, Optimised, Task
+from udas.methods.frozen import Frozen
 from udas.networks.discriminators import NLayerDiscriminator
 from udas.networks.generators import GeneratorConfig, ResnetGenerator, Translator, save_translator
 
@@ -44,6 +45,9 @@ class CycleGANConfig(MethodConfig):
     lambda_a: float = Field(10.0, ge=0, description="lambda_A: weight of the cycle x -> G(x) -> F(G(x))")
     lambda_b: float = Field(10.0, ge=0, description="lambda_B: weight of the cycle y -> F(y) -> G(F(y))")
     lambda_idt: float = Field(0.5, ge=0, description="lambda_idt: weight of the identity terms, times lambda_A or _B")
+    semantic: float = Field(
+        0.0, ge=0, description="weight of L_sem (CyCADA): classes as the stage's `teacher` sees them stay; 0 = none"
+    )
     pool: int = Field(50, ge=0, description="past translations each discriminator is shown again; 0 = none")
     noise: float = Field(
         0.0,
@@ -62,12 +66,15 @@ class CycleGAN(Method[CycleGANConfig]):
         L_GAN(G) = E[(D_Y(G(x)) - 1)^2]                              L_GAN(F) = E[(D_X(F(y)) - 1)^2]
         L_cyc    = lambda_A ||F(G(x)) - x||_1 + lambda_B ||G(F(y)) - y||_1
         L_idt    = lambda_idt (lambda_B ||G(y) - y||_1 + lambda_A ||F(x) - x||_1)
+        L_sem    = semantic (CE(f_S(G(x)), argmax f_S(x)) + CE(f_S(F(y)), argmax f_S(y)))
 
     and then the critics, on pictures from a pool of past translations,
 
         L_D      = 1/2 (E[(D_Y(y) - 1)^2] + E[D_Y(pool(G(x)))^2]) + the same for D_X, x, F(y)
 
-    where ||.||_1 is the mean of absolute differences. Only G is handed on.
+    where ||.||_1 is the mean of absolute differences. L_sem is that of CyCADA (Hoffman et al., ICML 2018, section 3):
+    f_S is a frozen segmenter that was trained on synthetic pictures as they are, the stage's `teacher`.
+    Only G is handed on.
     """
 
     settings = CycleGANConfig
@@ -79,6 +86,7 @@ class CycleGAN(Method[CycleGANConfig]):
         self.G, self.F = ResnetGenerator(config.generator), ResnetGenerator(config.generator)
         self.D_X, self.D_Y = (NLayerDiscriminator(3, config.critic_width) for _ in range(2))
         self.pool_x, self.pool_y = ImagePool(config.pool), ImagePool(config.pool)
+        self.f_S = Frozen(task) if config.semantic else None
 
     def optimised(self) -> dict[str, Optimised]:
         """One optimiser for both generators, one for both discriminators."""
@@ -94,18 +102,15 @@ class CycleGAN(Method[CycleGANConfig]):
         assert target is not None
         x, y = 2 * source.image - 1, 2 * target.image - 1
         lambda_a, lambda_b, lambda_idt = self.config.lambda_a, self.config.lambda_b, self.config.lambda_idt
+        terms = "GAN + cycle + semantic" if self.f_S is not None else "GAN + cycle"
         with self.update("generators") as minimise:
-            # GAN and cycle term share the graph of the translation, so they are one loss
+            # they share the graph of the translation, so they are one loss
             fake_y = self.G(x)
-            minimise(
-                squared_distance(self.D_Y(self._noisy(fake_y)), REAL) + lambda_a * l1(self.F(fake_y), x),
-                "GAN + cycle of G",
-            )
+            gan = squared_distance(self.D_Y(self._noisy(fake_y)), REAL)
+            minimise(gan + lambda_a * l1(self.F(fake_y), x) + self._semantic(x, fake_y), f"{terms} of G")
             fake_x = self.F(y)
-            minimise(
-                squared_distance(self.D_X(self._noisy(fake_x)), REAL) + lambda_b * l1(self.G(fake_x), y),
-                "GAN + cycle of F",
-            )
+            gan = squared_distance(self.D_X(self._noisy(fake_x)), REAL)
+            minimise(gan + lambda_b * l1(self.G(fake_x), y) + self._semantic(y, fake_x), f"{terms} of F")
             if lambda_idt > 0:
                 minimise(lambda_idt * lambda_b * l1(self.G(y), y), "identity of G")
                 minimise(lambda_idt * lambda_a * l1(self.F(x), x), "identity of F")
@@ -113,6 +118,13 @@ class CycleGAN(Method[CycleGANConfig]):
             old_y, old_x = self.pool_y(fake_y.detach(), source.seeds), self.pool_x(fake_x.detach(), target.seeds)
             minimise(critic_loss(self.D_Y, self._noisy(y), self._noisy(old_y)), "D_Y")
             minimise(critic_loss(self.D_X, self._noisy(x), self._noisy(old_x)), "D_X")
+
+    def _semantic(self, original: Tensor, translation: Tensor) -> Tensor | float:
+        """L_sem of one direction, of pictures in [-1, 1]; f_S takes [0, 1]. 0 without f_S."""
+        if self.f_S is None:
+            return 0.0
+        classes = self.f_S((original + 1) / 2).argmax(1)
+        return self.config.semantic * cross_entropy(self.f_S.network((translation + 1) / 2), classes)
 
     def _noisy(self, image: Tensor) -> Tensor:
         """Instance noise (Sonderby et al., ICLR 2017), so that a discriminator cannot win on fine grain alone."""

@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from udas.config import MethodConfig, OptimiserConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.mixing import cutmix_boxes, jitter, paste
 from udas.errors import ConfigError
-from udas.losses import binary_cross_entropy, outputs_cross_entropy, squared_distance
+from udas.losses import outputs_cross_entropy
+from udas.methods.adversary import FAKE, REAL, Critic, CriticOptimiser, Gan, OutputAdversary, detached
 from udas.methods.base import Minimise, Optimised, SegmentationMethod, Task
-from udas.networks.discriminators import MultiScaleDiscriminator, PatchDiscriminator
-
-REAL, FAKE = 1.0, 0.0  # what the critic should say of labelled-domain and of target predictions
-
-
-class CriticOptimiser(OptimiserConfig):
-    """Adam as the AdaptSegNet family uses it for its discriminators."""
-
-    name: Literal["sgd", "adam", "adamw"] = "adam"
-    lr: float = Field(1e-4, gt=0, description="base learning rate")
-    weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = Field((0.9, 0.99), description="Adam and AdamW only")
 
 
 class UDASConfig(MethodConfig):
@@ -41,8 +30,8 @@ class UDASConfig(MethodConfig):
     source: float = Field(1.0, ge=0, description="weight of L_seg on pure synthetic pictures; 0 = mixed pictures only")
     labelled: float = Field(0.0, ge=0, description="weight of plain cross-entropy on the labelled real pictures")
     jitter: float = Field(0.4, ge=0, le=1, description="brightness, contrast and colour range of mixed pictures")
-    critic: Literal["patch", "multiscale"] = Field("patch", description="discriminator of the predictions")
-    gan: Literal["vanilla", "least_squares"] = Field("least_squares", description="loss of the adversary")
+    critic: Critic = Field("patch", description="discriminator of the predictions")
+    gan: Gan = Field("least_squares", description="loss of the adversary")
     temperature: float = Field(1.0, gt=0, description="T: the critic sees softmax(logits / T); below 1 sharpens")
     confidence: Share = Field(0.0, description="pixels less confident than this are blanked before the critic")
     auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
@@ -69,9 +58,9 @@ class UDAS(SegmentationMethod[UDASConfig]):
         super().__init__(config, task, config.average)
         if not config.source and Stream.LABELLED not in task.streams:
             raise ConfigError("source: 0 leaves nothing to learn from: there are no labelled real pictures to mix in")
-        critic = PatchDiscriminator if config.critic == "patch" else MultiScaleDiscriminator
-        outputs = self.segmenter.decoder.num_levels
-        self.critics = nn.ModuleList(critic(len(task.taxonomy.classes)) for _ in range(outputs))
+        outputs, classes = self.segmenter.decoder.num_levels, len(task.taxonomy.classes)
+        seen = partial(evidence, temperature=config.temperature, confidence=config.confidence)
+        self.critics = OutputAdversary(outputs, classes, seen, config.gan, config.critic)
         self.output_weights = [1.0] + [config.auxiliary] * (outputs - 1)
 
     def optimised(self) -> dict[str, Optimised]:
@@ -86,6 +75,7 @@ class UDAS(SegmentationMethod[UDASConfig]):
         source, labelled, target = batch.source, batch.labelled, batch.unlabelled
         assert source is not None
         assert target is not None
+        judge = self.critics.judge
         with self.update("segmenter") as minimise:
             if self.config.source:
                 real = self._learn(minimise, source, self.config.source, "source")
@@ -96,11 +86,11 @@ class UDAS(SegmentationMethod[UDASConfig]):
                 self._learn(minimise, labelled, self.config.labelled, "labelled")
             if self.config.adversarial:
                 p_t = self.segmenter.levels(target.image)
-                minimise(self.config.adversarial * self._judge(p_t, REAL), "adversarial")
+                minimise(self.config.adversarial * judge(p_t, REAL, self.output_weights), "adversarial")
         if self.config.adversarial:
             with self.update("critic") as minimise:
-                minimise(0.5 * self._judge(real, REAL), "critic on labelled")
-                minimise(0.5 * self._judge([p.detach() for p in p_t], FAKE), "critic on target")
+                minimise(0.5 * judge(real, REAL, self.output_weights), "critic on labelled")
+                minimise(0.5 * judge(detached(p_t), FAKE, self.output_weights), "critic on target")
         self.follow()
 
     def _learn(self, minimise: Minimise, block: Block, weight: float, name: str) -> list[Tensor]:
@@ -112,16 +102,6 @@ class UDAS(SegmentationMethod[UDASConfig]):
         )
         minimise(weight * loss, name)
         return [output.detach() for output in outputs]
-
-    def _judge(self, outputs: Sequence[Tensor], verdict: float) -> Tensor:
-        """l(D(q), verdict) summed over outputs, with q the sharpened predictions of `evidence`."""
-        loss = squared_distance if self.config.gan == "least_squares" else binary_cross_entropy
-        terms = []
-        for share, critic, logits in zip(self.output_weights, self.critics, outputs, strict=True):
-            verdicts = critic(evidence(logits, self.config.temperature, self.config.confidence))
-            scales = verdicts if isinstance(verdicts, list) else [verdicts]
-            terms += [share * loss(scale, verdict) for scale in scales]
-        return torch.stack(terms).sum()
 
 
 def evidence(logits: Tensor, temperature: float = 1.0, confidence: float = 0.0) -> Tensor:

@@ -24,8 +24,12 @@ class Decoder(nn.Module, ABC):
         """What the classifier sees, [B, D, h, w]."""
 
     @abstractmethod
+    def classify(self, representation: Tensor, pyramid: list[Tensor]) -> Tensor:
+        """Main logits [B, C, h, w] from what `represent` made of the pyramid."""
+
     def forward(self, pyramid: list[Tensor]) -> Tensor:
         """Main logits [B, C, h, w]."""
+        return self.classify(self.represent(pyramid), pyramid)
 
     def auxiliary(self, pyramid: list[Tensor]) -> tuple[Tensor, ...]:
         """Logits of further levels, [B, C, h, w] each; most networks have none."""

@@ -45,9 +45,9 @@ class DeepLabV2(Decoder):
         """The encoder's last features: the head has no layer in between."""
         return pyramid[-1]
 
-    def forward(self, pyramid: list[Tensor]) -> Tensor:
+    def classify(self, representation: Tensor, pyramid: list[Tensor]) -> Tensor:
         """Main logits."""
-        logits: Tensor = self.main(pyramid[-1])
+        logits: Tensor = self.main(representation)
         return logits
 
     def auxiliary(self, pyramid: list[Tensor]) -> tuple[Tensor, ...]:

@@ -47,9 +47,9 @@ class DeepLabV3Plus(Decoder):
         features: Tensor = self.fuse(torch.cat([context, fine], dim=1))
         return features
 
-    def forward(self, pyramid: list[Tensor]) -> Tensor:
+    def classify(self, representation: Tensor, pyramid: list[Tensor]) -> Tensor:
         """Logits at stride 4."""
-        logits: Tensor = self.classifier(self.represent(pyramid))
+        logits: Tensor = self.classifier(representation)
         return logits
 
 

@@ -105,6 +105,33 @@ class NLayerDiscriminator(nn.Module):
         return full_precision(scores)
 
 
+class PixelDiscriminator(nn.Module):
+    """Critic of single locations (CyCADA, Hoffman et al., ICML 2018, as released): 1x1 convolutions to two logits.
+
+    channels -> width -> width / 2 -> 2, dropout of whole channels and ReLU between.
+
+    Args:
+        channels: channels of the input: classes, or features.
+        width: channels after the first convolution; 512 for class scores, 1024 for 4096 features.
+        dropout: probability that a channel is dropped.
+
+    Maps [B, channels, H, W] to the logits of two domains, [B, 2, H, W].
+    """
+
+    def __init__(self, channels: int, width: int = 512, dropout: float = 0.5) -> None:
+        super().__init__()
+        widths = [channels, width, max(width // 2, 1)]
+        layers: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            layers += [nn.Conv2d(before, after, 1), nn.Dropout2d(dropout), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], 2, 1))
+
+    def forward(self, image: Tensor) -> Tensor:
+        """Logits of [B, channels, H, W]."""
+        logits: Tensor = self.layers(image)
+        return full_precision(logits)
+
+
 def init_gan(module: nn.Module) -> None:
     """Weights of a convolution from N(0, 0.02), bias zero (CycleGAN, Zhu et al., ICCV 2017, appendix 7.1)."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):

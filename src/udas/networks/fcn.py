@@ -35,9 +35,9 @@ class FCN(Decoder):
         features: Tensor = self.fully(pyramid[-1])
         return features
 
-    def forward(self, pyramid: list[Tensor]) -> Tensor:
+    def classify(self, representation: Tensor, pyramid: list[Tensor]) -> Tensor:
         """s_3."""
-        score: Tensor = self.score(self.represent(pyramid))
+        score: Tensor = self.score(representation)
         for skip, features in zip(self.skips, (pyramid[-2], pyramid[-3]), strict=True):
             score = resize(score, features) + skip(features)
         return score

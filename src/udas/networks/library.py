@@ -29,9 +29,9 @@ class LibraryDecoder(Decoder):
         features: Tensor = self.body(pyramid)
         return features
 
-    def forward(self, pyramid: list[Tensor]) -> Tensor:
+    def classify(self, representation: Tensor, pyramid: list[Tensor]) -> Tensor:
         """Logits at the decoder's size."""
-        logits: Tensor = self.classifier(self.represent(pyramid))
+        logits: Tensor = self.classifier(representation)
         return logits
 
 

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from udas.config import NetworkConfig
 from udas.errors import ConfigError
 from udas.networks import segnet
+from udas.networks.aspp_gn import DeepLabGN, DeepLabGNMulti
 from udas.networks.decoder import Decoder
 from udas.networks.deeplabv2 import FOUR_BRANCHES, TWO_BRANCHES, DeepLabV2
 from udas.networks.deeplabv3plus import DeepLabV3Plus
@@ -57,6 +59,11 @@ def _deeplabv2(
     return net, DeepLabV2(net.out_channels, classes, dilations, two_levels)
 
 
+def _deeplab_gn(encoder: str, stride: int, classes: int, *, two_levels: bool) -> tuple[nn.Module, Decoder]:
+    net = make_encoder(encoder, stride)
+    return net, (DeepLabGNMulti if two_levels else DeepLabGN)(net.out_channels, classes)
+
+
 def _deeplabv3plus(encoder: str, stride: int, classes: int) -> tuple[nn.Module, Decoder]:
     net = make_encoder(encoder, stride)
     return net, DeepLabV3Plus(net.out_channels, classes, stride)
@@ -82,6 +89,8 @@ SEGMENTERS = {
     "deeplabv2_2branch": _dilated(TWO_BRANCHES, two_levels=False),
     "deeplabv2_multi": _dilated(FOUR_BRANCHES, two_levels=True),
     "deeplabv2_2branch_multi": _dilated(TWO_BRANCHES, two_levels=True),
+    "deeplab_gn": Recipe(partial(_deeplab_gn, two_levels=False), (8, 16, 32)),
+    "deeplab_gn_multi": Recipe(partial(_deeplab_gn, two_levels=True), (8, 16)),  # its two stages have one size
     "deeplabv3plus": Recipe(_deeplabv3plus, (16, 8, 32)),
     "deeplabv3": _library("deeplabv3", (8, 16), multiple=0),
     "fpn": _library("fpn"),
@@ -95,6 +104,17 @@ SEGMENTERS = {
     "unetplusplus": _library("unetplusplus"),
     "upernet": _library("upernet"),
 }
+
+
+class Outputs(NamedTuple):
+    """What one forward pass gives.
+
+    levels: logits of every level, main first; float32 [B, C, H, W] each.
+    representation: the decoder's features before the classifier of the main level, [B, D, h, w].
+    """
+
+    levels: tuple[Tensor, ...]
+    representation: Tensor
 
 
 class Segmenter(nn.Module):
@@ -134,9 +154,14 @@ class Segmenter(nn.Module):
 
     def levels(self, image: Tensor) -> tuple[Tensor, ...]:
         """Logits of every level, main first; float32 [B, C, H, W] each."""
+        return self.outputs(image).levels
+
+    def outputs(self, image: Tensor) -> Outputs:
+        """`levels` and `representation` from one forward pass: the main logits are those of this representation."""
         pyramid = self._pyramid(image)
-        levels = [self.decoder(pyramid), *self.decoder.auxiliary(pyramid)]
-        return tuple(self._upsample(logits, image) for logits in levels)
+        representation = self.decoder.represent(pyramid)
+        levels = [self.decoder.classify(representation, pyramid), *self.decoder.auxiliary(pyramid)]
+        return Outputs(tuple(self._upsample(logits, image) for logits in levels), self._crop(representation, image))
 
     def features(self, image: Tensor) -> list[Tensor]:
         """The encoder's feature maps below the picture's own size, from shallow to deep, [B, D_k, h_k, w_k]."""

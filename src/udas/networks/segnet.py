@@ -57,9 +57,9 @@ class SegNet(Decoder):
             features = stage(unpool(features, indices, like=pooled))
         return features
 
-    def forward(self, pyramid: list[Tensor]) -> Tensor:
+    def classify(self, representation: Tensor, pyramid: list[Tensor]) -> Tensor:
         """Logits at the size of the picture."""
-        logits: Tensor = self.classifier(self.represent(pyramid))
+        logits: Tensor = self.classifier(representation)
         return logits
 
 

@@ -22,6 +22,7 @@ from udas.validation import validate
 FORMAT = "udas.segmenter"
 VERSION = 1
 _ORIGIN = {"weights", "strict"}  # where the encoder once came from does not matter to a trained network
+_TRAINING = {"norm"}  # how its batch norm learns is a choice of the next training
 
 
 def save_segmenter(path: Path, segmenter: Segmenter, taxonomy: Taxonomy) -> None:
@@ -54,7 +55,7 @@ def load_segmenter(
 
     Args:
         path: a file of `save_segmenter`.
-        network: the configuration it has to have, if that matters.
+        network: the configuration it has to have, if that matters; `norm` is taken from here.
         taxonomy: the label space it has to have, if that matters.
 
     Raises:
@@ -68,6 +69,7 @@ def load_segmenter(
         raise WeightsError(f"{path}: its description cannot be understood: {error}") from error
     if network is not None:
         _same_network(path, config, complete(network))
+        config = config.model_copy(update={key: getattr(network, key) for key in _TRAINING})
     if taxonomy is not None:
         _same_classes(path, found, taxonomy)
     segmenter = build_segmenter(config, len(found.classes), pretrained=False)
@@ -110,7 +112,7 @@ def _fill(path: Path, segmenter: Segmenter, tensors: Mapping[str, Tensor]) -> No
 
 
 def _same_network(path: Path, found: NetworkConfig, wanted: NetworkConfig) -> None:
-    have, want = found.model_dump(exclude=_ORIGIN), wanted.model_dump(exclude=_ORIGIN)
+    have, want = (network.model_dump(exclude=_ORIGIN | _TRAINING) for network in (found, wanted))
     differences = [f"{key} is {have[key]}, not {want[key]}" for key in want if have[key] != want[key]]
     if differences:
         raise WeightsError(f"{path}: another network: {'; '.join(differences)}")

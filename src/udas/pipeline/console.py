@@ -88,6 +88,7 @@ def _labels() -> list[tuple[str, str]]:
 
 LISTS: dict[str, Callable[[], list[tuple[str, str]]]] = {
     "runs": lambda: _presets("runs"),
+    "bases": lambda: _presets("bases"),
     "data": lambda: _presets("data"),
     "labels": _labels,
     "methods": _methods,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -57,6 +57,15 @@ class Context:
     @cached_property
     def validation(self) -> PictureSet | None:
         """The pictures that networks are scored on, or None where the target has no such split."""
+        size = self.config.data.val_size
+        if size is None or self.probe is None:
+            return self.probe
+        pictures = self.target.labelled(self.config.data.val_split, "all")
+        return self._cached(replace(pictures, size=None if size == "own" else size))
+
+    @cached_property
+    def probe(self) -> PictureSet | None:
+        """The same at the size that networks are trained on, for the quality of pseudo-labels."""
         if self.config.data.val_split not in self.config.data.target.splits:
             return None
         return self._cached(self.target.labelled(self.config.data.val_split, "all"))

@@ -12,9 +12,9 @@ from udas.config import Size
 from udas.data.batch import Batch, Block, Stream
 from udas.data.dataset import PictureSet
 from udas.data.files import image_size
+from udas.pipeline.build import sketch_method
 from udas.pipeline.config import AnyStage, TrainStage, TranslateStage
 from udas.pipeline.context import Context
-from udas.pipeline.stages import build_method
 from udas.training.engine import TrainingEngine
 
 TIMED = 2  # steps after one for warm-up
@@ -26,14 +26,12 @@ def estimate(context: Context, name: str, stage: AnyStage) -> tuple[float | None
         return _training(context, name, stage)
     pictures = context.source_pictures if isinstance(stage, TranslateStage) else context.unlabelled
     height, width = _size(pictures)
-    share = {"translate": 2.0, "label": 0.1, "evaluate": 0.0}[stage.kind]  # bytes per pixel of a typical PNG
+    share = {"translate": 2.0, "label": 0.1}.get(stage.kind, 0.0)  # bytes per pixel of a typical PNG
     return None, len(pictures) * height * width * share
 
 
 def _training(context: Context, name: str, stage: TrainStage) -> tuple[float, float]:
-    network = stage.network.model_copy(update={"weights": None})
-    probe = stage.model_copy(update={"network": network, "start": None})
-    method = context.runtime.place(build_method(context, name, probe))
+    method = context.runtime.place(sketch_method(context, name, stage))
     engine = TrainingEngine(method, context.runtime, stage.training.steps)
     batch = _random_batch(context, name, stage).to(context.runtime.device, context.runtime.memory_format)
     for step in range(TIMED + 1):

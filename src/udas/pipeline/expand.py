@@ -87,7 +87,7 @@ class Expansion:
         full: dict[str, Any] = {}
         for name, stage in stages.items():
             for new_name, new in self._unrolled(name, stage).items():
-                self._add(full, new_name, new)
+                self._add(full, new_name, self._scored(new_name, new))
                 if ("stages", new_name) in self.problems or not _trains(new):
                     continue
                 segments = _makes_segmenter(new)
@@ -96,6 +96,13 @@ class Expansion:
                 if segments and new.get("evaluate", True):
                     self._add(full, f"evaluate_{new_name}", self._evaluation(new_name, new.get("title")))
         return full
+
+    def _scored(self, name: str, stage: Any) -> Any:
+        """An evaluate stage with the run's protocol, where it gives none."""
+        if not isinstance(stage, dict) or stage.get("kind") != "evaluate" or "protocol" in stage:
+            return stage
+        self._origins["stages", name, "protocol"] = ("protocol",)
+        return stage | {"protocol": self.full.get("protocol", "whole")}
 
     def _add(self, full: dict[str, Any], name: str, stage: Any) -> None:
         if name in full:

@@ -9,16 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from udas.config import Config, Share
 from udas.data.dataset import PictureSet
+from udas.evaluation.protocols import ProtocolConfig
 from udas.pipeline.label_files import Journal, Pixels, write_json, write_png
 from udas.pipeline.label_maps import Labeller, Model, kept
 from udas.pipeline.label_quality import preview, quality
@@ -46,6 +47,15 @@ class LabelConfig(Config):
     confidence: bool = Field(False, description="also write the confidence of every pixel, 8 bit")
     batch: int = Field(4, ge=1, description="pictures per forward pass, each seen K times")
     seed: int = Field(0, description="seed of the views")
+    protocol: ProtocolConfig | None = Field(
+        None, description="look at a picture as this protocol does (scales, flips, fused outputs), instead of K views"
+    )
+
+    @model_validator(mode="after")
+    def _one_look(self) -> Self:
+        if self.protocol is not None and self.temperature != 1:
+            raise ValueError("`temperature` belongs to `views`: a protocol averages plain probabilities")
+        return self
 
 
 @torch.inference_mode()
@@ -91,9 +101,9 @@ def label(
         model.eval()
     sample = pictures.fixed(config.sample) if config.rule == "class" else []
     sizes = [len(sample), len(pictures), 0 if validation is None else len(validation)]
-    counter = _counter(sum(len(range(rank, size, world)) for size in sizes), progress)
-    labeller = Labeller(model, taxonomy, config.views, config.temperature, config.seed, device)
-    work = Work(labeller, config.batch, folder, rank, world, counter)
+    advance = counter(sum(len(range(rank, size, world)) for size in sizes), progress)
+    labeller = Labeller(model, taxonomy, config.views, config.temperature, config.seed, device, config.protocol)
+    work = Work(labeller, config.batch, folder, rank, world, advance)
     thresholds = [config.threshold] * len(taxonomy.classes)
     if sample:
         thresholds = find_thresholds(work, pictures, sample, config.threshold, config.keep)
@@ -108,8 +118,8 @@ def label(
     return statistics
 
 
-def _counter(total: int, progress: Progress | None) -> Callable[[int], None]:
-    """Adds finished pictures and tells `progress`."""
+def counter(total: int, progress: Progress | None) -> Callable[[int], None]:
+    """Adds finished pictures of `total` and tells `progress`."""
     done = 0
 
     def advance(count: int) -> None:

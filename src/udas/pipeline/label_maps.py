@@ -1,4 +1,4 @@
-"""From pictures to class probabilities: K views through a network, per pixel the most confident one."""
+"""From pictures to class probabilities: of K views through a network the most confident per pixel, or by a protocol."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from udas.data.views import draw_views, look, map_back
 from udas.errors import RunError
+from udas.evaluation.protocols import ProtocolConfig
+from udas.evaluation.protocols import probabilities as by_protocol
 from udas.taxonomy import Taxonomy
 
 Model = Callable[[Tensor], Tensor]
@@ -40,10 +42,17 @@ def kept(label: Tensor, confidence: Tensor, thresholds: Tensor) -> Tensor:
 
 
 class Labeller:
-    """Gives pictures class probabilities, by `views` looks each, softmax(logits / temperature)."""
+    """Gives pictures class probabilities: `views` looks each, softmax(logits / temperature), or by `protocol`."""
 
     def __init__(
-        self, model: Model, taxonomy: Taxonomy, views: int, temperature: float, seed: int, device: torch.device
+        self,
+        model: Model,
+        taxonomy: Taxonomy,
+        views: int,
+        temperature: float,
+        seed: int,
+        device: torch.device,
+        protocol: ProtocolConfig | None = None,
     ) -> None:
         self.model = model
         self.taxonomy = taxonomy
@@ -51,6 +60,8 @@ class Labeller:
         self.temperature = temperature
         self.seed = seed
         self.device = device
+        self.protocol = protocol
+        self.excluded = [] if protocol is None else protocol.excluded(taxonomy.classes)
 
     def __call__(self, names: Sequence[str], images: Sequence[Tensor]) -> list[Tensor]:
         """Probabilities [C, H, W] of each picture ([3, H, W] uint8); pictures of one size share a forward pass.
@@ -65,6 +76,11 @@ class Labeller:
         return [found[k] for k in range(len(images))]
 
     def _one_size(self, names: Sequence[str], images: Sequence[Tensor]) -> list[Tensor]:
+        if self.protocol is not None:
+            shown = torch.stack(list(images)).to(self.device).float() / 255
+            found = by_protocol(self.model, shown, self.protocol, excluded=self.excluded)
+            self._check(found, names)
+            return list(found)
         height, width = images[0].shape[-2:]
         views = [draw_views(self.views, self.seed, name, (height, width)) for name in names]
         seen = [look(image.to(self.device), drawn) for image, drawn in zip(images, views, strict=True)]

@@ -11,11 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from udas.data.batch import Stream
-from udas.pipeline.config import AnyStage, LabelStage, TrainStage, TranslateStage, uses
+from udas.pipeline.config import AnyStage, LabelStage, PrototypesStage, RankStage, TrainStage, TranslateStage, uses
 from udas.pipeline.context import Context
 
 FORMAT = 1
 """Raised when the same configuration would give another result: older stage folders are then made again."""
+
+NEUTRAL: dict[str, Any] = {
+    "teacher": None,
+    "prototypes": None,
+    "hard": None,
+    "easy": None,
+    "fourier": None,
+    "protocol": None,
+    "average": "logits",
+    "semantic": 0.0,
+    "horizon": None,
+}
+"""Settings that joined format 1 later, with the value that changes nothing: there fingerprints leave them out."""
 
 
 class Action(StrEnum):
@@ -79,11 +92,29 @@ def _fingerprint(context: Context, name: str, stage: AnyStage, prints: Mapping[s
         "format": FORMAT,
         "seed": context.config.seed,
         "classes": context.taxonomy.classes,
-        "stage": stage.model_dump(mode="json", exclude={"title", "evaluate", "labelled", *uses(stage)}),
-        "uses": {role: prints[other] for role, other in uses(stage).items()},
+        "stage": settings(stage),
+        "uses": {role: _prints(names, prints) for role, names in uses(stage).items()},
         "data": _data(context, name, stage),
     }
     return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def settings(stage: AnyStage) -> dict[str, Any]:
+    """What a stage is told, as far as its result depends on it."""
+    told = stage.model_dump(mode="json", exclude={"title", "evaluate", "labelled", *uses(stage)})
+    result: dict[str, Any] = _telling(told)
+    return result
+
+
+def _telling(value: Any) -> Any:
+    """Settings without those of `NEUTRAL` that say nothing, group by group."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _telling(inner) for key, inner in value.items() if key not in NEUTRAL or inner != NEUTRAL[key]}
+
+
+def _prints(names: str | list[str], prints: Mapping[str, str]) -> str | list[str]:
+    return prints[names] if isinstance(names, str) else [prints[name] for name in names]
 
 
 def _data(context: Context, name: str, stage: AnyStage) -> dict[str, str | None]:
@@ -97,8 +128,10 @@ def _data(context: Context, name: str, stage: AnyStage) -> dict[str, str | None]
         }
         return {stream: makers[stream]() for stream in sorted(context.streams(name, stage))}
     if isinstance(stage, TranslateStage):
-        return {"source": context.source_pictures.fingerprint()}
-    validation = None if context.validation is None else context.validation.fingerprint()
-    if isinstance(stage, LabelStage):
-        return {"unlabelled": context.unlabelled.fingerprint(), "validation": validation}
-    return {"validation": validation}
+        partners = {} if stage.fourier is None else {"unlabelled": context.unlabelled.fingerprint()}
+        return {"source": context.source_pictures.fingerprint(), **partners}
+    if isinstance(stage, RankStage | PrototypesStage):
+        return {"unlabelled": context.unlabelled.fingerprint()}
+    validation = context.probe if isinstance(stage, LabelStage) else context.validation
+    scored = {"validation": None if validation is None else validation.fingerprint()}
+    return scored | ({"unlabelled": context.unlabelled.fingerprint()} if isinstance(stage, LabelStage) else {})

@@ -24,6 +24,7 @@ from udas.data.batch import Stream
 from udas.errors import RunError
 from udas.evaluation.table import save_tables
 from udas.pipeline import stages
+from udas.pipeline.build import rehearse
 from udas.pipeline.config import RunConfig, uses
 from udas.pipeline.context import Context
 from udas.pipeline.estimate import estimate
@@ -36,6 +37,8 @@ RUNNERS: dict[str, Any] = {
     "train": stages.run_train,
     "translate": stages.run_translate,
     "label": stages.run_label,
+    "rank": stages.run_rank,
+    "prototypes": stages.run_prototypes,
     "evaluate": stages.run_evaluate,
 }
 
@@ -49,7 +52,7 @@ def run(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> 
     context = Context(config, folder, runtime)
     with _locked(folder, runtime):
         planned = plan(Context(config.model_copy(update={"cache": False}), folder, runtime))
-        stages.rehearse(context, [item.name for item in planned if item.action != Action.REUSE])
+        rehearse(context, [item.name for item in planned if item.action != Action.REUSE])
         runtime.barrier()  # nobody changes a manifest before all have read it
         if runtime.main:
             remove_leftovers(folder)
@@ -68,7 +71,7 @@ def run(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> 
 def prepare_cache(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> None:
     """Decode and resize every picture and every granted label of a run into `folder`/cache."""
     context = Context(config, folder, runtime)
-    sets = [context.unlabelled, context.validation]
+    sets = [context.unlabelled, context.validation, context.probe]
     for stage in config.stages.values():
         if stage.kind == "train" and Stream.LABELLED in context.streams("", stage):
             sets.append(context.labelled(stage))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from udas.evaluation.protocols import PROTOCOLS
@@ -25,9 +26,25 @@ def run_schema() -> JSON:
     _one_or_many(models["DomainConfig"]["properties"]["map"])
     del models["StreetsConfig"]["required"]  # a preset may give the rest
     domains = {"description": "preset (`udas list data`), or a YAML file"}
+    models["DomainChange"] = _by_preset(models["DomainConfig"] | {"required": []}, domains)
     models["DomainConfig"] = _by_preset(models["DomainConfig"], domains)
     models["ProtocolConfig"] = _by_preset(models["ProtocolConfig"], {"enum": sorted(PROTOCOLS)})
+    _allow_base(schema)
     return schema
+
+
+def _allow_base(schema: JSON) -> None:
+    """With `base`, a file needs stages alone, and says of its data sets only what differs."""
+    models, properties = schema["$defs"], schema["properties"]
+    change = json.loads(json.dumps(models["DataConfig"]).replace("/DomainConfig", "/DomainChange"))
+    models["DataChange"] = {key: value for key, value in change.items() if key != "required"}
+    properties["base"] = {"type": "string", "description": "preset (`udas list bases`), or a YAML file"}
+    data = properties.pop("data")
+    properties["data"] = {"description": models["DataConfig"]["description"]}
+    schema["anyOf"] = [
+        {"required": ["base", "stages"], "properties": {"data": _model("DataChange")}},
+        {"required": schema.pop("required"), "properties": {"data": data}},
+    ]
 
 
 def _model(name: str) -> JSON:

@@ -14,7 +14,7 @@ from udas.evaluation.table import table
 from udas.networks.segmenters import Segmenter
 from udas.networks.weights import load_segmenter
 from udas.pipeline.label import LabelConfig, label
-from udas.pipeline.stages import placed
+from udas.pipeline.models import placed
 from udas.predict import predict
 from udas.taxonomy import Taxonomy, load_taxonomy
 from udas.training.log import Bar

@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from udas.config import NetworkConfig
 from udas.data.batch import Stream
 from udas.data.dataset import PictureSet
-from udas.data.sampling import seed_of
-from udas.errors import ConfigError, WeightsError
+from udas.errors import ConfigError
 from udas.evaluation.evaluate import evaluate
 from udas.evaluation.protocols import ProtocolConfig
-from udas.methods.base import Method, Task
-from udas.names import load_method
 from udas.networks.generators import load_translator
-from udas.networks.segmenters import Segmenter, build_segmenter
-from udas.networks.weights import load_segmenter
-from udas.pipeline.config import EvaluateStage, LabelStage, TrainStage, TranslateStage
+from udas.networks.segmenters import Segmenter
+from udas.pipeline.build import build_method
+from udas.pipeline.config import EvaluateStage, LabelStage, PrototypesStage, RankStage, TrainStage, TranslateStage
 from udas.pipeline.context import Context
 from udas.pipeline.label import label
-from udas.pipeline.translate import translate
+from udas.pipeline.models import MODEL, load_averaged, load_trained, placed, reweighted
+from udas.pipeline.prototypes import collect_prototypes
+from udas.pipeline.rank import rank_pictures, restricted
+from udas.pipeline.translate import FourierPainter, Painter, translate
 from udas.training.log import Bar
 from udas.training.loop import Training
-from udas.training.runtime import Runtime
-
-MODEL = "model.safetensors"
 
 
 def run_train(context: Context, name: str, stage: TrainStage, folder: Path) -> None:
@@ -48,19 +43,32 @@ def run_train(context: Context, name: str, stage: TrainStage, folder: Path) -> N
 def run_translate(context: Context, name: str, stage: TranslateStage, folder: Path) -> None:
     """Repaint every source picture."""
     runtime, pictures = context.runtime, context.source_pictures
-    translator = load_translator(context.folder / stage.model / MODEL)
+    painter = _painter(context, stage)
     with Bar(stage.title or name, len(pictures), unit="pictures", visible=runtime.main) as bar:
-        translate(placed(translator, runtime), pictures, folder, runtime, bar)
+        translate(painter, pictures, folder, runtime, bar)
+
+
+def _painter(context: Context, stage: TranslateStage) -> Painter:
+    if stage.fourier is not None:
+        return FourierPainter(context.unlabelled, stage.fourier.beta, context.config.seed)
+    assert stage.model is not None
+    network = placed(load_translator(context.folder / stage.model / MODEL), context.runtime)
+    return lambda _, image: network(image)
 
 
 def run_label(context: Context, name: str, stage: LabelStage, folder: Path) -> None:
     """Label the unlabelled pictures; measure on the validation split how good such labels are."""
-    runtime = context.runtime
-    segmenter = load_trained(context, stage.model)
-    with Bar(stage.title or name, len(context.unlabelled), unit="pictures", visible=runtime.main) as bar:
+    runtime, pictures = context.runtime, context.unlabelled
+    if stage.easy is not None:
+        pictures = restricted(pictures, context.folder / stage.easy, "easy")
+    model: nn.Module = load_averaged(context, stage.model, stage.average)
+    if stage.prototypes is not None:
+        assert isinstance(model, Segmenter)
+        model = reweighted(context, model, stage.prototypes)
+    with Bar(stage.title or name, len(pictures), unit="pictures", visible=runtime.main) as bar:
         label(
-            placed(segmenter, runtime),
-            context.unlabelled,
+            placed(model, runtime),
+            pictures,
             context.taxonomy,
             stage.rule,
             folder,
@@ -68,18 +76,47 @@ def run_label(context: Context, name: str, stage: LabelStage, folder: Path) -> N
             bar,
             runtime.rank,
             runtime.world,
-            context.validation,
+            context.probe,
+        )
+
+
+def run_rank(context: Context, name: str, stage: RankStage, folder: Path) -> None:
+    """Split the unlabelled pictures into easy and hard ones."""
+    runtime, pictures = context.runtime, context.unlabelled
+    model = placed(load_trained(context, stage.model), runtime)
+    with Bar(stage.title or name, len(pictures), unit="pictures", visible=runtime.main) as bar:
+        rank_pictures(
+            model,
+            pictures,
+            context.taxonomy,
+            stage.easy,
+            stage.rare or (),
+            folder,
+            runtime.device,
+            bar,
+            runtime.rank,
+            runtime.world,
+        )
+
+
+def run_prototypes(context: Context, name: str, stage: PrototypesStage, folder: Path) -> None:
+    """Collect the mean feature of every class on the unlabelled pictures."""
+    runtime, pictures = context.runtime, context.unlabelled
+    model = placed(load_trained(context, stage.model), runtime)
+    with Bar(stage.title or name, len(pictures), unit="pictures", visible=runtime.main) as bar:
+        collect_prototypes(
+            model, pictures, context.taxonomy, stage, folder, runtime.device, bar, runtime.rank, runtime.world
         )
 
 
 def run_evaluate(context: Context, name: str, stage: EvaluateStage, folder: Path) -> None:
-    """Score the last checkpoint of a train stage."""
+    """Score the last checkpoint of a train stage, or those of several as one."""
     runtime, pictures = context.runtime, context.validation
     if pictures is None:
         raise ConfigError(f"stages.{name}: the target has no split {context.config.data.val_split!r} to score on")
-    segmenter = load_trained(context, stage.model)
+    model = load_averaged(context, stage.model, stage.average)
     with Bar(f"evaluate {stage.title or name}", len(pictures), unit="pictures", visible=runtime.main) as bar:
-        scores = _score(context, segmenter, stage.protocol, folder, bar)
+        scores = _score(context, model, stage.protocol, folder, bar)
     if runtime.main:
         _print_score(scores, stage.title or name)
 
@@ -120,71 +157,12 @@ def _validation(context: Context) -> Callable[[nn.Module], dict[str, Any]] | Non
     return validate
 
 
-# ------------------------------------------------------------------------------------------------ building blocks
-
-
-def build_method(context: Context, name: str, stage: TrainStage) -> Method[Any]:
-    """The method of a train stage with its networks, initialised from the run's seed.
-
-    Raises:
-        ConfigError: settings that do not fit each other or the label space; names the stage.
-        WeightsError: weights that cannot be had or do not fit; names the stage.
-    """
-    method = load_method(stage.method.name)
-    torch.manual_seed(seed_of(context.config.seed, "initial weights"))
-    task = Task(
-        context.taxonomy, lambda: _segmenter(context, stage), context.streams(name, stage), stage.training.steps
-    )  # fmt: skip
-    try:
-        built: Method[Any] = method(stage.method, task)
-    except (ConfigError, WeightsError) as error:
-        raise type(error)(f"stages.{name}: {error}") from error
-    if context.runtime.compile and method.makes == "segmenter":
-        built.model().compile()
-    return built
-
-
-def rehearse(context: Context, names: Iterable[str]) -> None:
-    """Build the method of every train stage among `names`, so that mistakes show before the first one starts.
-
-    Networks have no memory here (PyTorch's meta device); pretrained weights are fetched and fitted once per network.
-
-    Raises:
-        ConfigError, WeightsError: as `build_method`.
-    """
-    fitted = set()
-    for name in names:
-        stage = context.config.stages[name]
-        if not isinstance(stage, TrainStage):
-            continue
-        if stage.start is None and stage.network not in fitted and load_method(stage.method.name).makes == "segmenter":
-            fitted.add(stage.network)
-            _fit_weights(name, stage.network)
-        bare = stage.network.model_copy(update={"weights": None})
-        with torch.device("meta"):
-            build_method(context, name, stage.model_copy(update={"network": bare, "start": None}))
-
-
-def _fit_weights(name: str, network: NetworkConfig) -> None:
-    try:
-        build_segmenter(network, classes=1)
-    except (ConfigError, WeightsError) as error:
-        raise type(error)(f"stages.{name}: {error}") from error
-
-
-def _segmenter(context: Context, stage: TrainStage) -> Segmenter:
-    if stage.start is None:
-        return build_segmenter(stage.network, len(context.taxonomy.classes))
-    network = stage.network.model_copy(update={"weights": None})
-    return load_segmenter(context.folder / stage.start / MODEL, network, context.taxonomy)[0]
-
-
 def train_streams(context: Context, name: str, stage: TrainStage) -> dict[Stream, PictureSet]:
     """The pictures of every stream of a train stage."""
     makers: Mapping[Stream, Callable[[], PictureSet]] = {
         Stream.SOURCE: lambda: _source(context, stage),
         Stream.LABELLED: lambda: context.labelled(stage),
-        Stream.UNLABELLED: lambda: context.unlabelled,
+        Stream.UNLABELLED: lambda: _unlabelled(context, stage),
         Stream.PSEUDO: lambda: _pseudo(context, stage),
     }
     return {stream: makers[stream]() for stream in sorted(context.streams(name, stage))}
@@ -195,38 +173,13 @@ def _source(context: Context, stage: TrainStage) -> PictureSet:
     return pictures if stage.source is None else pictures.with_images(context.folder / stage.source / "images")
 
 
+def _unlabelled(context: Context, stage: TrainStage) -> PictureSet:
+    pictures = context.unlabelled
+    return pictures if stage.hard is None else restricted(pictures, context.folder / stage.hard, "hard")
+
+
 def _pseudo(context: Context, stage: TrainStage) -> PictureSet:
     assert stage.pseudo is not None
     folder = context.folder / stage.pseudo
     confidence = folder / "confidence"
     return context.unlabelled.with_labels(folder / "labels", confidence if confidence.exists() else None)
-
-
-def load_trained(context: Context, stage: str) -> Segmenter:
-    """The segmenter that an earlier stage left. Raises `WeightsError` when it is of another label space."""
-    return load_segmenter(context.folder / stage / MODEL, taxonomy=context.taxonomy)[0]
-
-
-def placed(model: nn.Module, runtime: Runtime) -> nn.Module:
-    """The model on the run's device, ready for inference in its precision."""
-    return Inference(runtime.place(model), runtime).eval()
-
-
-class Inference(nn.Module):
-    """A network as inference uses it: the run's memory format and precision."""
-
-    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
-        super().__init__()
-        self.model, self.runtime = model, runtime
-
-    def forward(self, image: Tensor) -> Tensor:
-        """RGB [B, 3, H, W] in [0, 1] -> whatever the network gives, in float32."""
-        with self.runtime.autocast():
-            result: Tensor = self.model(image.contiguous(memory_format=self.runtime.memory_format))
-        return result.float()
-
-    def levels(self, image: Tensor) -> tuple[Tensor, ...]:
-        """All outputs of a segmenter, main first."""
-        assert isinstance(self.model, Segmenter)
-        with self.runtime.autocast():
-            return self.model.levels(image.contiguous(memory_format=self.runtime.memory_format))

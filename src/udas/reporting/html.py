@@ -14,7 +14,7 @@ from markupsafe import Markup
 from udas import __version__
 from udas.reporting import pictures, tables
 from udas.reporting.plots import Curve, draw, style
-from udas.reporting.read import Run, Stage, read_runs
+from udas.reporting.read import Ranking, Run, Stage, read_runs
 from udas.storage import write_atomically
 
 
@@ -75,6 +75,8 @@ def _content(runs: list[Run]) -> dict[str, Any]:
         "repainted": [(s, shown) for s in stages if _is(s, "translate") and (shown := pictures.pairs(s, notes))],
         "previews": _previews(runs, notes),
         "labels": tables.label_tables(runs),
+        "rankings": [(s, _ranking(s.ranking), pictures.extremes(s, notes)) for s in stages if s.ranking],
+        "prototypes": [(s, s.collected, pictures.scatter(s, notes)) for s in stages if s.collected],
         "legends": _legends(runs),
         "environments": tables.environments(runs),
         "configurations": [(run.name, tables.configuration(run)) for run in runs if run.config],
@@ -119,6 +121,20 @@ def _losses(stage: Stage) -> list[tuple[str, Markup, float]]:
         (name, draw([Curve(points, style(index)[0], band=True)], width=270, height=150), points[max(points)])
         for index, (name, points) in enumerate(losses.items())
     ]
+
+
+def _ranking(ranking: Ranking) -> tuple[Markup, dict[str, str]]:
+    """Scores over pictures, easy and hard ones in two colours, with the numbers worth knowing."""
+    scores, easy = ranking.scores, ranking.easy
+    points = list(enumerate(scores, 1))
+    parts = [dict(points[:easy]), dict(points[easy:])]
+    curves = [Curve(part, style(index)[0]) for index, part in enumerate(parts) if part]
+    facts = {"easy pictures": f"{easy:,}", "hard pictures": f"{len(scores) - easy:,}"}
+    if scores:
+        facts |= {"lowest score": stride(scores[0]), "highest score": stride(scores[-1])}
+    if easy:
+        facts["highest score of an easy one"] = stride(scores[easy - 1])
+    return draw(curves, width=560, height=220), facts
 
 
 def _galleries(runs: list[Run], notes: list[str]) -> list[pictures.Gallery]:

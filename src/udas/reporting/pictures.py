@@ -70,6 +70,16 @@ class Pair:
     translated: Embedded | None
 
 
+@dataclass(frozen=True)
+class Extreme:
+    """A picture at one end of a ranking, with what the network sees and how unsure it is."""
+
+    name: str
+    input: Embedded | None
+    prediction: Embedded | None
+    entropy: Embedded | None
+
+
 def photo(path: Path, width: int = WIDTH) -> Embedded:
     """A picture as JPEG, at most `width` pixels wide. Raises what Pillow raises on a broken file."""
     with Image.open(path) as image:
@@ -197,6 +207,23 @@ def pairs(stage: Stage, notes: list[str]) -> list[Pair]:
         Pair(*(_try(photo, folder / f"{name}.png", stage, notes) for name in ("original", "translated")))
         for folder in numbered(stage.folder / "preview")[:SCENES]
     ]
+
+
+def extremes(stage: Stage, notes: list[str]) -> list[Extreme]:
+    """The easiest and the hardest pictures of a rank stage."""
+    readers = {"input": photo, "prediction": class_map, "entropy": photo}
+    return [
+        Extreme(
+            folder.name.replace("_", " "),
+            *(_try(read, folder / f"{name}.png", stage, notes) for name, read in readers.items()),
+        )
+        for folder in numbered(stage.folder / "preview")[:SCENES]
+    ]
+
+
+def scatter(stage: Stage, notes: list[str]) -> Embedded | None:
+    """The features of a prototypes stage in the plane."""
+    return _try(_sheet, stage.folder / "scatter.png", stage, notes)
 
 
 def last_previews(stage: Stage, notes: list[str]) -> tuple[str, list[tuple[str, Embedded]]]:

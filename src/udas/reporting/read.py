@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,7 +17,14 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from udas.config import read_yaml
 from udas.errors import ConfigError, RunError
 
-RESULTS = {"evaluate": "evaluation.json", "label": "statistics.json", "train": "log.jsonl", "translate": "preview"}
+RESULTS = {
+    "evaluate": "evaluation.json",
+    "prototypes": "prototypes.safetensors",
+    "label": "statistics.json",
+    "train": "log.jsonl",
+    "rank": "ranking.csv",
+    "translate": "preview",
+}
 """What a finished stage of each kind must hold for the report; also tells the kind where the manifest is lost."""
 
 Value = Annotated[float | None, AfterValidator(lambda x: x if x is not None and isfinite(x) else None)]
@@ -98,6 +106,14 @@ class Statistics(_Record):
     quality: dict[str, Any] | None = None
 
 
+class Collected(_Record):
+    """statistics.json of a prototypes stage: pictures that each class's prototype is the mean over."""
+
+    pictures: int
+    count: dict[str, int]
+    projection: str
+
+
 class _Validation(_Record):
     miou: Value = None
 
@@ -119,6 +135,14 @@ class Log:
 
 
 @dataclass(frozen=True)
+class Ranking:
+    """ranking.csv: the scores of all pictures in ascending order; the first `easy` of them are easy."""
+
+    scores: list[float]
+    easy: int
+
+
+@dataclass(frozen=True)
 class Stage:
     """One stage folder as far as it could be read. `title` is unique in its report."""
 
@@ -129,6 +153,8 @@ class Stage:
     log: Log | None = None
     evaluation: Evaluation | None = None
     statistics: Statistics | None = None
+    ranking: Ranking | None = None
+    collected: Collected | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +236,10 @@ def _with_result(stage: Stage, path: Path, notes: list[str]) -> Stage:
             return replace(stage, statistics=_load(Statistics, path, stage.where, notes))
         case "train":
             return replace(stage, log=_read_log(path, stage.where, notes))
+        case "rank":
+            return replace(stage, ranking=_read_ranking(path, stage.where, notes))
+        case "prototypes":
+            return replace(stage, collected=_load(Collected, path.with_name("statistics.json"), stage.where, notes))
     if not path.is_dir():
         notes.append(f"{stage.where}/{path.name}: no such folder")
     return stage
@@ -229,6 +259,17 @@ def _load(model: type[Record], path: Path, where: str, notes: list[str]) -> Reco
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
         notes.append(f"{where}/{path.name}: {f'{key}: ' if key else ''}{problem['msg']}")
+    return None
+
+
+def _read_ranking(path: Path, where: str, notes: list[str]) -> Ranking | None:
+    try:
+        rows = list(csv.DictReader(path.read_text(encoding="utf-8").splitlines()))
+        return Ranking([float(row["score"]) for row in rows], [row["part"] for row in rows].count("easy"))
+    except OSError as error:
+        notes.append(f"{where}/{path.name}: cannot be read ({error.strerror})")
+    except (KeyError, TypeError, ValueError):
+        notes.append(f"{where}/{path.name}: not a table with the columns score and part")
     return None
 
 

@@ -10,9 +10,10 @@ from udas.config import OptimiserConfig
 def lr_factor(config: OptimiserConfig, step: int, steps: int) -> float:
     """Multiple of the base learning rate at `step` of `steps`, warm-up included.
 
-    poly: (1 - t/T)^power; cosine: (1 + cos(pi t/T)) / 2; linear: 1 until `decay_from` T, then falling to 0 at T.
+    poly: (1 - t/T)^power; cosine: (1 + cos(pi t/T)) / 2; linear: 1 until `decay_from` T, then falling to 0 at T; with
+    T = `horizon`, or `steps` where none is given. Beyond T the factor stays what it is there.
     """
-    factor = _decay(config, step / steps)
+    factor = _decay(config, min(1.0, step / (config.horizon or steps)))
     if step < config.warmup:
         factor *= config.warmup_from + (1 - config.warmup_from) * step / config.warmup
     return factor

@@ -1,0 +1,92 @@
+"""Fourier domain adaptation: synthetic pictures in the style of real ones, and sure predictions on real ones."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.data.batch import Batch, Block, Stream
+from udas.data.fourier import swap_amplitude
+from udas.losses import outputs_cross_entropy, robust_entropy
+from udas.methods.base import Minimise, Optimised, SegmentationMethod, Task
+
+
+class FDAConfig(MethodConfig):
+    """Settings of Fourier domain adaptation."""
+
+    name: Literal["fda"] = "fda"
+    optimiser: OptimiserConfig = OptimiserConfig()
+    beta: Share = Field(0.01, description="beta, size of the swapped window of low frequencies; 0 = no change of style")
+    entropy: float = Field(0.005, ge=0, description="lambda_ent, weight of the entropy of the target; 0 = none")
+    eta: float = Field(2.0, gt=0, description="eta, power of the robust penalty on the entropy")
+    entropy_from: Share = Field(0.0, description="share of the steps at which the entropy term begins")
+    pseudo: float = Field(1.0, ge=0, description="weight of the pseudo-labels in rounds of self-training")
+    labelled: float = Field(1.0, ge=0, description="weight of cross-entropy on labelled real pictures")
+    auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
+    average: float | None = Field(None, gt=0, lt=1, description="decay of the running average of weights that is kept")
+
+
+class FDA(SegmentationMethod[FDAConfig]):
+    """FDA (Yang and Soatto, CVPR 2020): L = CE(f(x_{s->t}), y_s) + lambda_ent mean rho(e(x_t)).
+
+    x_{s->t} = F^-1(low frequencies' amplitudes of x_t, all else of x_s), of size beta (section 3.1)
+    e(x)     = -sum_c p_c log p_c / log C, p = softmax f(x);  rho(e) = (e^2 + 1e-8)^eta (section 3.2)
+    Rounds of self-training add pseudo CE(f(x_p), y_p) with the labels of an earlier stage; the entropy is then that of
+    the pictures x_p (section 3.3). The i-th picture of the shuffled target stream lends its style to the i-th
+    source picture.
+    """
+
+    settings = FDAConfig
+    needs = frozenset({Stream.SOURCE, Stream.UNLABELLED})
+    optional = frozenset({Stream.LABELLED, Stream.PSEUDO})
+
+    def __init__(self, config: FDAConfig, task: Task) -> None:
+        super().__init__(config, task, config.average)
+        self.steps_done: Tensor
+        self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
+
+    def optimised(self) -> dict[str, Optimised]:
+        """One optimiser, for the segmenter."""
+        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
+
+    def step(self, batch: Batch) -> None:
+        """Minimise the cross-entropy on restyled source pictures and the penalty on the target's entropy."""
+        source, target = batch.source, batch.unlabelled
+        assert source is not None
+        assert target is not None
+        styled = swap_amplitude(source.image, _partners(target, len(source.image)), self.config.beta)
+        with self.update("segmenter") as minimise:
+            minimise(self._cross_entropy(self.segmenter.levels(styled), source), "source")
+            if batch.labelled is not None:
+                outputs = self.segmenter.levels(batch.labelled.image)
+                minimise(self.config.labelled * self._cross_entropy(outputs, batch.labelled), "labelled")
+            if batch.pseudo is not None:
+                self._train_on_pseudo(minimise, batch.pseudo)
+            elif self.config.entropy:
+                minimise(self._penalty(self.segmenter(target.image)), "entropy")
+        self.steps_done += 1
+        self.follow()
+
+    def _train_on_pseudo(self, minimise: Minimise, block: Block) -> None:
+        """Cross-entropy and entropy of one forward pass, and so in one term."""
+        outputs = self.segmenter.levels(block.image)
+        loss = self.config.pseudo * self._cross_entropy(outputs, block)
+        minimise(loss + self._penalty(outputs[0]), "pseudo and entropy")
+
+    def _cross_entropy(self, outputs: tuple[Tensor, ...], block: Block) -> Tensor:
+        assert block.label is not None
+        return outputs_cross_entropy(outputs, block.label, auxiliary=self.config.auxiliary)
+
+    def _penalty(self, logits: Tensor) -> Tensor:
+        """lambda_ent mean rho(e), zero before its first step."""
+        begun = self.steps_done >= round(self.config.entropy_from * self.task.steps)
+        return self.config.entropy * begun * robust_entropy(logits, self.config.eta)
+
+
+def _partners(block: Block, count: int) -> Tensor:
+    """`count` pictures of the block in order, repeated when there are fewer."""
+    return block.image[torch.arange(count, device=block.image.device) % len(block.image)]

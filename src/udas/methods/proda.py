@@ -1,0 +1,146 @@
+"""ProDA, stage 1: pseudo-labels denoised by class prototypes, and the structure of the target's feature space."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from udas.config import MethodConfig, OptimiserConfig
+from udas.data.batch import IGNORE, Batch, Stream
+from udas.data.randaugment import StrongViews, draw_strong, unchanged
+from udas.losses import distillation, symmetric_cross_entropy, uniformity
+from udas.methods.base import Average, Optimised, SegmentationMethod, Task
+from udas.methods.domains import supervise
+from udas.methods.frozen import Frozen
+from udas.methods.prototypes import Prototypes, fitting_prototypes, label_at
+
+
+class ProDAConfig(MethodConfig):
+    """Settings of ProDA's stage 1."""
+
+    name: Literal["proda"] = "proda"
+    optimiser: OptimiserConfig = OptimiserConfig()
+    alpha: float = Field(0.1, ge=0, description="alpha, weight of the cross-entropy in L_sce")
+    beta: float = Field(1.0, ge=0, description="beta, weight of the reversed cross-entropy in L_sce")
+    structure: float = Field(10.0, ge=0, description="gamma_1, weight of L_kl, the consistency of feature structure")
+    regularisation: float = Field(0.1, ge=0, description="gamma_2, weight of L_reg, against sure predictions")
+    labelled: float = Field(1.0, ge=0, description="weight of the cross-entropy on labelled real pictures, if given")
+    temperature: float = Field(1.0, gt=0, description="tau: weights are softmax(-tau distance to the prototypes)")
+    reweight: Literal["prototypes", "prediction", "none"] = Field(
+        "prototypes", description="w_k: from distances to the prototypes, the averaged network's prediction, or 1"
+    )
+    soft_label: Literal["fixed", "moving"] = Field(
+        "fixed", description="p_0: prediction of the frozen teacher, or of the averaged network"
+    )
+    target: Literal["hard", "soft"] = Field("hard", description="y: argmax of w p_0, or w p_0 scaled to sum 1")
+    strong: bool = Field(True, description="learn on strong views; false = on the pictures as they come")
+    decay: float = Field(0.9999, ge=0, le=1, description="lambda, decay of the prototypes; 1 = they never move")
+    minimum: int = Field(10, ge=1, description="pixels of a class, at the features' size, that move its prototype")
+    momentum: float = Field(0.999, ge=0, lt=1, description="decay of the averaged network")
+    averaged_norm: Literal["batch", "running"] = Field(
+        "batch", description="the averaged network runs in training mode (batch statistics, dropout) or in evaluation"
+    )
+    auxiliary: float = Field(0.1, ge=0, description="weight of auxiliary outputs on labels, where the network has them")
+
+
+class Belief(NamedTuple):
+    """What the unchanged target pictures are taken for.
+
+    classes: w p_0, [B, C, H, W], scaled to sum 1.
+    structure: softmax(-tau distances) of the averaged network's features, [B, C, h, w].
+    """
+
+    classes: Tensor
+    structure: Tensor
+
+
+class ProDA(SegmentationMethod[ProDAConfig]):
+    """Zhang et al., "Prototypical Pseudo Label Denoising and Target Structure Learning", CVPR 2021, stage 1.
+
+    f_0: the frozen teacher (a warm-up network); g, f and g', f': features and network, and their running average;
+    x_t: unlabelled real pictures, A: strong views; eta_k: prototypes (`udas.methods.prototypes`).
+
+        q(g)  = softmax_k(-tau ||g - eta_k||_2)
+        y     = argmax_k q_k(g'(x_t)) p_0,k              p_0 = softmax f_0(x_t), fixed
+        L_sce = alpha CE(y, p) + beta CE(p, y)           p = softmax f(A x_t), y moved like the view
+        L_kl  = KL(q(g'(x_t)) || q(g(A x_t)))            the former moved like the view
+        L_reg = -mean log p
+        L     = CE(f(x_s), y_s) + L_sce + structure L_kl + regularisation L_reg   (+ labelled CE(f(x_l), y_l))
+
+    Then eta_k <- decay eta_k + (1 - decay) mean of g' where f' says k, per picture. Pixels of a view that lie beyond
+    the picture or in its grey square count in neither L_sce nor L_kl. The trained network f is handed on.
+    """
+
+    settings = ProDAConfig
+    needs = frozenset({Stream.SOURCE, Stream.UNLABELLED})
+    optional = frozenset({Stream.LABELLED})
+
+    def __init__(self, config: ProDAConfig, task: Task) -> None:
+        super().__init__(config, task)
+        self.warm_up = Frozen(task)
+        self.averaged = Average(self.segmenter, config.momentum, buffers="copy")
+        vectors = fitting_prototypes(task.prototypes, self.segmenter.classes, self.segmenter.decoder.channels)
+        self.prototypes = Prototypes(vectors, config.temperature, config.decay, config.minimum)
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """As in PyTorch, but with running statistics (`averaged_norm`) the averaged network stays in evaluation."""
+        super().train(mode)
+        if self.config.averaged_norm == "running":
+            self.averaged.eval()
+        return self
+
+    def optimised(self) -> dict[str, Optimised]:
+        """One optimiser, for the segmenter."""
+        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
+
+    def step(self, batch: Batch) -> None:
+        """Learn source labels, denoised pseudo-labels and structure; then move prototypes and average."""
+        source, labelled, target = batch.source, batch.labelled, batch.unlabelled
+        assert source is not None
+        assert target is not None
+        image, c = target.image, self.config
+        with torch.no_grad():
+            (logits, *_), features = self.averaged.module.outputs(image)
+            belief = self._believe(image, logits, features)
+        views = draw_strong(image, target.seeds) if c.strong else unchanged(image)
+        with self.update("segmenter") as minimise:
+            supervise(minimise, self.segmenter, source, "source", c.auxiliary)
+            if labelled is not None:
+                supervise(minimise, self.segmenter, labelled, "labelled", c.auxiliary, c.labelled)
+            minimise(self._adapt(views, views.picture(image), belief), "target")
+        self.prototypes.update(features, label_at(logits, features))
+        self.averaged.update(self.segmenter)
+
+    def _believe(self, image: Tensor, logits: Tensor, features: Tensor) -> Belief:
+        """From the averaged network's logits [B, C, H, W] and features [B, D, h, w] of the unchanged pictures."""
+        structure = self.prototypes.weights(features)
+        classes = logits.softmax(1) if self.config.soft_label == "moving" else self.warm_up(image)
+        if self.config.reweight == "prototypes":
+            size = image.shape[-2:]
+            classes = classes * F.interpolate(structure, size=size, mode="bilinear", align_corners=False)
+        elif self.config.reweight == "prediction":
+            classes = classes * logits.softmax(1)
+        return Belief(classes / classes.sum(1, keepdim=True).clamp(min=1e-12), structure)
+
+    def _adapt(self, views: StrongViews, image: Tensor, belief: Belief) -> Tensor:
+        """L_sce + structure L_kl + regularisation L_reg; one loss, because the terms share a forward pass."""
+        c = self.config
+        (logits, *_), features = self.segmenter.outputs(image)
+        loss = symmetric_cross_entropy(logits, *self._target(views, belief.classes), c.alpha, c.beta)
+        structure, seen = views.maps(belief.structure)
+        loss = loss + c.structure * distillation(self.prototypes.log_weights(features), structure, seen)
+        return loss + c.regularisation * uniformity(logits)
+
+    def _target(self, views: StrongViews, classes: Tensor) -> tuple[Tensor, Tensor]:
+        """Targets y as distributions [B, C, H, W] of the views' pixels, and which of them count, [B, H, W] bool."""
+        if self.config.target == "soft":
+            return views.maps(classes)
+        label = views.label(classes.argmax(1))
+        valid = label != IGNORE
+        one_hot = torch.zeros_like(classes).scatter_(1, label.where(valid, 0)[:, None], 1)
+        return one_hot, valid

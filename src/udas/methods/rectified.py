@@ -1,0 +1,65 @@
+"""Rectified pseudo-labels, stage II of Seg-Uncertainty: where two classifiers disagree, a pseudo-label counts less."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.data.batch import Batch, Block, Stream
+from udas.losses import rectified_cross_entropy
+from udas.methods.base import Optimised, SegmentationMethod, Task
+from udas.methods.domains import supervise
+from udas.methods.mrnet import ClassBalance, require_two_outputs
+
+
+class RectifiedConfig(MethodConfig):
+    """Settings of training on rectified pseudo-labels."""
+
+    name: Literal["rectified"] = "rectified"
+    optimiser: OptimiserConfig = OptimiserConfig()
+    auxiliary: float = Field(0.5, ge=0, description="lambda_seg of the auxiliary output")
+    rare_weight: float = Field(7.0, ge=1, description="weight of a class that is rare in the batch; 1 = no balancing")
+    rare_share: Share = Field(1 / 32, description="a class with a smaller share of the batch's pixels is rare")
+    labelled: float = Field(1.0, ge=0, description="weight of cross-entropy on labelled real pictures, where given")
+
+
+class Rectified(SegmentationMethod[RectifiedConfig]):
+    """Zheng and Yang, IJCV 2021: L = L_rect(main, aux) + lambda_seg L_rect(aux, main) on pseudo-labels y.
+
+        L_rect(a, b) = mean [exp(-D) w_y CE(z^a, y) + D]        D = KL(P^b || P^a) per pixel, P = softmax z
+
+    D stands for the variance of the prediction: no threshold on the pseudo-labels has to be chosen. Gradients flow
+    through all of it. w of `ClassBalance`.
+    """
+
+    settings = RectifiedConfig
+    needs = frozenset({Stream.PSEUDO})
+    optional = frozenset({Stream.LABELLED})
+
+    def __init__(self, config: RectifiedConfig, task: Task) -> None:
+        super().__init__(config, task)
+        require_two_outputs(self.segmenter, config.name)
+        self.balance = ClassBalance(len(task.taxonomy.classes), config.rare_weight, config.rare_share)
+
+    def optimised(self) -> dict[str, Optimised]:
+        """One optimiser, for the segmenter."""
+        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
+
+    def step(self, batch: Batch) -> None:
+        """Minimise the rectified loss on pseudo-labels, and plain cross-entropy on real labels where given."""
+        pseudo, labelled = batch.pseudo, batch.labelled
+        assert pseudo is not None
+        with self.update("segmenter") as minimise:
+            minimise(self._rectified(pseudo), "pseudo")
+            if labelled is not None and self.config.labelled:
+                supervise(minimise, self.segmenter, labelled, "labelled", self.config.auxiliary, self.config.labelled)
+
+    def _rectified(self, block: Block) -> Tensor:
+        assert block.label is not None
+        main, auxiliary = self.segmenter.levels(block.image)
+        weight = self.balance(block.label)
+        loss = rectified_cross_entropy(main, auxiliary, block.label, weight)
+        return loss + self.config.auxiliary * rectified_cross_entropy(auxiliary, main, block.label, weight)

@@ -1,0 +1,132 @@
+"""The method of a train stage with its networks; and a rehearsal of it, without weights, before a run begins."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from udas.config import NetworkConfig
+from udas.data.sampling import seed_of
+from udas.errors import ConfigError, WeightsError
+from udas.methods.base import Method, Task
+from udas.names import load_method
+from udas.networks.segmenters import Segmenter, build_segmenter
+from udas.networks.weights import load_segmenter
+from udas.pipeline.config import AnyStage, TrainStage
+from udas.pipeline.context import Context
+from udas.pipeline.models import MODEL, load_trained
+from udas.pipeline.prototypes import load_prototypes
+
+
+def build_method(context: Context, name: str, stage: TrainStage) -> Method[Any]:
+    """The method of a train stage with its networks, initialised from the run's seed.
+
+    Raises:
+        ConfigError: settings that do not fit each other or the label space; names the stage.
+        WeightsError: weights that cannot be had or do not fit; names the stage.
+    """
+    teacher, prototypes = stage.teacher, stage.prototypes
+    task = Task(
+        context.taxonomy,
+        lambda: _segmenter(context, stage),
+        context.streams(name, stage),
+        stage.training.steps,
+        None if teacher is None else lambda: load_trained(context, teacher),
+        None if prototypes is None else load_prototypes(context.folder / prototypes),
+    )
+    return _build(context, name, stage, task)
+
+
+def sketch_method(context: Context, name: str, stage: TrainStage) -> Method[Any]:
+    """The method as `build_method` gives it, but with random weights: no earlier stage is needed, nothing is fetched.
+
+    Raises:
+        ConfigError: as `build_method`.
+    """
+    teacher, prototypes = stage.teacher, stage.prototypes
+    task = Task(
+        context.taxonomy,
+        lambda: _random(context, stage.network),
+        context.streams(name, stage),
+        stage.training.steps,
+        None if teacher is None else lambda: _random(context, _network_of(context, teacher)),
+        None if prototypes is None else _random_prototypes(context, prototypes),
+    )
+    return _build(context, name, stage, task)
+
+
+def rehearse(context: Context, names: Iterable[str]) -> None:
+    """Build the method of every train stage among `names`, so that mistakes show before the first one starts.
+
+    Networks have no memory here (PyTorch's meta device); pretrained weights are fetched and fitted once per network.
+
+    Raises:
+        ConfigError, WeightsError: as `build_method`; also for names of classes that the label space does not have.
+    """
+    fitted = set()
+    for name in names:
+        stage = context.config.stages[name]
+        _check_classes(context, name, stage)
+        if not isinstance(stage, TrainStage):
+            continue
+        if stage.start is None and stage.network not in fitted and load_method(stage.method.name).makes == "segmenter":
+            fitted.add(stage.network)
+            _fit_weights(name, stage.network)
+        with torch.device("meta"):
+            sketch_method(context, name, stage)
+
+
+def _build(context: Context, name: str, stage: TrainStage, task: Task) -> Method[Any]:
+    method = load_method(stage.method.name)
+    torch.manual_seed(seed_of(context.config.seed, "initial weights"))
+    try:
+        built: Method[Any] = method(stage.method, task)
+    except (ConfigError, WeightsError) as error:
+        raise type(error)(f"stages.{name}: {error}") from error
+    if context.runtime.compile and method.makes == "segmenter":
+        built.model().compile()
+    return built
+
+
+def _check_classes(context: Context, name: str, stage: AnyStage) -> None:
+    given = {"rank": "rare", "prototypes": "classes"}.get(stage.kind)
+    for label in getattr(stage, given) or [] if given else []:
+        try:
+            context.taxonomy.index(label)
+        except ConfigError as error:
+            raise ConfigError(f"stages.{name}.{given}: {error}") from error
+
+
+def _fit_weights(name: str, network: NetworkConfig) -> None:
+    try:
+        build_segmenter(network, classes=1)
+    except (ConfigError, WeightsError) as error:
+        raise type(error)(f"stages.{name}: {error}") from error
+
+
+def _segmenter(context: Context, stage: TrainStage) -> Segmenter:
+    if stage.start is None:
+        return build_segmenter(stage.network, len(context.taxonomy.classes))
+    network = stage.network.model_copy(update={"weights": None})
+    return load_segmenter(context.folder / stage.start / MODEL, network, context.taxonomy)[0]
+
+
+def _random(context: Context, network: NetworkConfig) -> Segmenter:
+    return build_segmenter(network, len(context.taxonomy.classes), pretrained=False)
+
+
+def _network_of(context: Context, name: str) -> NetworkConfig:
+    stage = context.config.stages[name]
+    assert isinstance(stage, TrainStage)
+    return stage.network
+
+
+def _random_prototypes(context: Context, name: str) -> Tensor:
+    stage = context.config.stages[name]
+    assert stage.kind == "prototypes"
+    with torch.device("meta"):
+        channels = _random(context, _network_of(context, stage.model)).decoder.channels
+    return torch.ones(len(context.taxonomy.classes), channels)
