@@ -16,6 +16,7 @@ from typer.main import get_command
 
 from udas.cli import app
 from udas.config import DomainConfig, find_yaml, override, preset_names
+from udas.errors import ConfigError
 from udas.evaluation.protocols import PROTOCOLS
 from udas.pipeline.config import load_run
 from udas.pipeline.console import LISTS
@@ -113,6 +114,37 @@ def test_documented_files_are_without_mistakes() -> None:
         for content in map(yaml.safe_load, files(page).values()):
             if "images" in content:
                 validate(DomainConfig, content, str(page))
+
+
+def runs(page: Path) -> Iterator[dict[str, Any]]:
+    """Run files that a page writes out, and the chains of stages, which are put on the smallest base."""
+    for block in re.findall(r"^```yaml\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
+        content = yaml.safe_load(block)
+        if isinstance(content, dict) and "stages" in content:
+            yield content
+        elif isinstance(content, dict) and all(map(is_stage, content.values())):
+            yield {"base": "streets", "stages": content}
+
+
+def is_stage(content: Any) -> bool:
+    return isinstance(content, dict) and not content.keys().isdisjoint({"method", "kind"})
+
+
+CHAINS = [(page, run) for page in PAGES if page.name != "README.md" for run in runs(page)]
+
+
+@pytest.mark.parametrize(("page", "written"), CHAINS, ids=lambda value: getattr(value, "name", "run"))
+def test_documented_chains_are_without_mistakes(page: Path, written: dict[str, Any], tmp_path: Path) -> None:
+    """Pages of methods show whole chains; others may show parts that name stages from elsewhere."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(written, sort_keys=False), encoding="utf-8")
+    found: list[str] = []
+    try:
+        load_run(str(tmp_path / "run.yaml"))
+    except ConfigError as error:
+        found = str(error).splitlines()[1:]
+    if page.parent.name != "methods":
+        found = [line for line in found if "is not an earlier" not in line]
+    assert found == []
 
 
 def links(page: Path) -> Iterator[str]:

@@ -53,8 +53,8 @@ class Naive:
         begun = 1.0 if t >= c.entropy_from * STEPS else 0.0
         if batch.pseudo:
             outputs = self.net.levels(batch.pseudo.image)
-            terms["pseudo and entropy"] = c.pseudo * self.learn(outputs, batch.pseudo.label)
-            terms["pseudo and entropy"] = terms["pseudo and entropy"] + begun * self.unsure(outputs[0])
+            terms["pseudo"] = c.pseudo * self.learn(outputs, batch.pseudo.label)
+            terms["entropy"] = begun * self.unsure(outputs[0])
         elif c.entropy > 0:
             terms["entropy"] = begun * self.unsure(self.net(batch.unlabelled.image))
         self.sgd.zero_grad()

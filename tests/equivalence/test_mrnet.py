@@ -68,13 +68,14 @@ class Naive:
             terms["labelled"] = c.labelled * (main + c.auxiliary * aux)
         target = self.net.levels(batch.unlabelled.image)
         probabilities = [z.exp() / z.exp().sum(1, keepdim=True) for z in target]
-        terms["target"] = 0
+        terms["adversarial"] = 0
         for p, critic, share in zip(probabilities, self.critics, (c.adversarial, c.adversarial_auxiliary), strict=True):
-            terms["target"] += share * sum(self.distance(s, 1.0) for s in self.scales(critic(p)))
-        if c.memory and t >= c.memory_from * STEPS:
+            terms["adversarial"] += share * sum(self.distance(s, 1.0) for s in self.scales(critic(p)))
+        terms["memory"] = torch.zeros(())
+        if t >= c.memory_from * STEPS:
             memory = torch.softmax(target[0] + c.fusion * target[1], 1).detach()
             for p in probabilities:
-                terms["target"] += c.memory * (memory * (memory / p).log()).sum(1).mean()
+                terms["memory"] = terms["memory"] + c.memory * (memory * (memory / p).log()).sum(1).mean()
         self.sgd.zero_grad()
         sum(terms.values()).backward()
         self.sgd.step()
@@ -161,7 +162,7 @@ def test_memory_begins_at_its_step():
     """0.6 of five steps are three; without an adversary it is all there is of the target."""
     method = make(adversarial=0)
     engine, seen = lend_engine(method, STEPS), batch(0)
-    terms = [advance(engine, method, seen, step)["target"] for step in range(5)]
+    terms = [advance(engine, method, seen, step)["memory"] for step in range(5)]
     assert terms[:3] == [0, 0, 0]
     assert min(terms[3:]) > 0
 
@@ -183,7 +184,7 @@ def test_without_an_adversary_there_is_no_second_player():
     method = make(adversarial=0, memory_from=0)
     assert set(method.optimised()) == {"segmenter"}
     losses = advance(lend_engine(method), method, batch(0))
-    assert set(losses) == {"source", "target"}
+    assert set(losses) == {"source", "memory"}
 
 
 def test_pictures_without_any_label_teach_nothing():

@@ -93,7 +93,7 @@ class NaiveProDA:
         terms = {"source": supervised(self.net, batch.source, c.auxiliary)}
         if batch.labelled is not None:
             terms["labelled"] = c.labelled * supervised(self.net, batch.labelled, c.auxiliary)
-        terms["target"] = self.target(batch.unlabelled, near, y)
+        terms |= self.target(batch.unlabelled, near, y)
         self.sgd.zero_grad()
         sum(terms.values()).backward()
         self.sgd.step()
@@ -141,7 +141,8 @@ class NaiveProDA:
         known = [k for k in range(C) if self.eta[k] is not None]
         kl = sum(near[:, k][there] * (near[:, k] / student[:, k])[there].log() for k in known).mean() / C
         reg = -p.log().mean()
-        return c.alpha * ce + c.beta * rce + c.structure * kl + c.regularisation * reg
+        pseudo = c.alpha * ce + c.beta * rce
+        return {"pseudo": pseudo, "structure": c.structure * kl, "regularisation": c.regularisation * reg}
 
     def move(self, slow):
         features = slow.representation
@@ -257,7 +258,7 @@ class NaiveDistil:
         logits = self.net(image)
         student, teacher = softmax(logits), softmax(self.teacher(image)).detach()
         kd = sum(teacher[:, k] * (teacher[:, k].log() - student[:, k].log()) for k in range(C)).mean() / C
-        terms["target"] = c.pseudo * naive_cross_entropy(logits, label) + c.distillation * kd
+        terms |= {"pseudo": c.pseudo * naive_cross_entropy(logits, label), "distillation": c.distillation * kd}
         self.sgd.zero_grad()
         sum(terms.values()).backward()
         self.sgd.step()
@@ -280,11 +281,11 @@ def test_a_student_that_equals_its_teacher_learns_nothing_from_it():
     method.teacher.network.load_state_dict(method.segmenter.state_dict())
     method.segmenter.eval()
     seen = batch(0, method.task.streams)
-    assert method._follow_teacher(seen.pseudo).item() == pytest.approx(0, abs=1e-6)
+    assert method._follow_teacher(seen.pseudo)["distillation"].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_pixels_without_a_pseudo_label_teach_by_distillation_only():
     method = distil((Stream.SOURCE, Stream.PSEUDO), distillation=0)
     seen = batch(0, method.task.streams)
     seen.pseudo.label.fill_(IGNORE)
-    assert math.isclose(advance(lend_engine(method), method, seen)["target"], 0)
+    assert math.isclose(advance(lend_engine(method), method, seen)["pseudo"], 0)

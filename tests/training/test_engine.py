@@ -49,6 +49,19 @@ def test_terms_of_one_update_add_up_and_old_gradients_are_forgotten() -> None:
         torch.testing.assert_close(weight.detach(), before - 0.1 * 5)
 
 
+def test_terms_that_share_a_graph_are_minimised_together_and_logged_apart() -> None:
+    method = toy(config=ToyConfig(critic=PLAIN))
+    lent, weight = engine(method), method.critic.bias
+    before = weight.detach().clone()
+    lent.begin(0)
+    with lent.update("critic") as minimise:
+        shared = weight.exp().log().sum()  # its graph is freed by a first backward pass
+        minimise({"a": 3 * shared, "b": 2 * shared})
+    torch.testing.assert_close(weight.detach(), before - 0.1 * 5)
+    losses, total = lent.take_losses(), before.sum().item()
+    assert losses == pytest.approx({"a": 3 * total, "b": 2 * total}, abs=1e-6)
+
+
 def test_gradients_are_clipped_to_the_largest_norm() -> None:
     method = toy(config=ToyConfig(critic=PLAIN.model_copy(update={"clip": 0.5})))
     lent, weight = engine(method), method.critic.bias

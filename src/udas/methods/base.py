@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,13 @@ from udas.taxonomy import Taxonomy
 
 
 class Minimise(Protocol):
-    """Adds one term to what the open update minimises."""
+    """Adds to what the open update minimises."""
 
-    def __call__(self, loss: Tensor, name: str) -> None:
-        """Back-propagate the scalar `loss` into the update's parameters and log it under `name`."""
+    def __call__(self, loss: Tensor | Mapping[str, Tensor], name: str = "loss") -> None:
+        """Back-propagate the scalar `loss` into the update's parameters and log it under `name`.
+
+        Terms that share a graph come together, {name: scalar}: their sum is back-propagated, each is logged.
+        """
 
 
 class Engine(Protocol):

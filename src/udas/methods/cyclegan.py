@@ -102,15 +102,13 @@ class CycleGAN(Method[CycleGANConfig]):
         assert target is not None
         x, y = 2 * source.image - 1, 2 * target.image - 1
         lambda_a, lambda_b, lambda_idt = self.config.lambda_a, self.config.lambda_b, self.config.lambda_idt
-        terms = "GAN + cycle + semantic" if self.f_S is not None else "GAN + cycle"
         with self.update("generators") as minimise:
-            # they share the graph of the translation, so they are one loss
             fake_y = self.G(x)
-            gan = squared_distance(self.D_Y(self._noisy(fake_y)), REAL)
-            minimise(gan + lambda_a * l1(self.F(fake_y), x) + self._semantic(x, fake_y), f"{terms} of G")
+            gan, cycle = squared_distance(self.D_Y(self._noisy(fake_y)), REAL), lambda_a * l1(self.F(fake_y), x)
+            minimise({"GAN of G": gan, "cycle of G": cycle} | self._semantic("semantic of G", x, fake_y))
             fake_x = self.F(y)
-            gan = squared_distance(self.D_X(self._noisy(fake_x)), REAL)
-            minimise(gan + lambda_b * l1(self.G(fake_x), y) + self._semantic(y, fake_x), f"{terms} of F")
+            gan, cycle = squared_distance(self.D_X(self._noisy(fake_x)), REAL), lambda_b * l1(self.G(fake_x), y)
+            minimise({"GAN of F": gan, "cycle of F": cycle} | self._semantic("semantic of F", y, fake_x))
             if lambda_idt > 0:
                 minimise(lambda_idt * lambda_b * l1(self.G(y), y), "identity of G")
                 minimise(lambda_idt * lambda_a * l1(self.F(x), x), "identity of F")
@@ -119,12 +117,12 @@ class CycleGAN(Method[CycleGANConfig]):
             minimise(critic_loss(self.D_Y, self._noisy(y), self._noisy(old_y)), "D_Y")
             minimise(critic_loss(self.D_X, self._noisy(x), self._noisy(old_x)), "D_X")
 
-    def _semantic(self, original: Tensor, translation: Tensor) -> Tensor | float:
-        """L_sem of one direction, of pictures in [-1, 1]; f_S takes [0, 1]. 0 without f_S."""
+    def _semantic(self, name: str, original: Tensor, translation: Tensor) -> dict[str, Tensor]:
+        """L_sem of one direction, of pictures in [-1, 1], where there is an f_S (which takes [0, 1])."""
         if self.f_S is None:
-            return 0.0
+            return {}
         classes = self.f_S((original + 1) / 2).argmax(1)
-        return self.config.semantic * cross_entropy(self.f_S.network((translation + 1) / 2), classes)
+        return {name: self.config.semantic * cross_entropy(self.f_S.network((translation + 1) / 2), classes)}
 
     def _noisy(self, image: Tensor) -> Tensor:
         """Instance noise (Sonderby et al., ICLR 2017), so that a discriminator cannot win on fine grain alone."""

@@ -59,14 +59,16 @@ class Distil(SegmentationMethod[DistilConfig]):
             supervise(minimise, self.segmenter, source, "source", self.config.auxiliary)
             if labelled is not None:
                 supervise(minimise, self.segmenter, labelled, "labelled", self.config.auxiliary, self.config.labelled)
-            minimise(self._follow_teacher(pseudo), "target")
+            minimise(self._follow_teacher(pseudo))
 
-    def _follow_teacher(self, block: Block) -> Tensor:
-        """Both terms on the target: one loss, because they share a forward pass."""
+    def _follow_teacher(self, block: Block) -> dict[str, Tensor]:
+        """Both terms on the target, of one forward pass."""
         assert block.label is not None
         image = block.image
         views = draw_strong(image, block.seeds) if self.config.strong else unchanged(image)
         seen = views.picture(image)
         logits = self.segmenter(seen)
-        loss = self.config.pseudo * cross_entropy(logits, views.label(block.label))
-        return loss + self.config.distillation * distillation(logits.log_softmax(1), self.teacher(seen))
+        return {
+            "pseudo": self.config.pseudo * cross_entropy(logits, views.label(block.label)),
+            "distillation": self.config.distillation * distillation(logits.log_softmax(1), self.teacher(seen)),
+        }

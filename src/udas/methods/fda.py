@@ -72,10 +72,10 @@ class FDA(SegmentationMethod[FDAConfig]):
         self.follow()
 
     def _train_on_pseudo(self, minimise: Minimise, block: Block) -> None:
-        """Cross-entropy and entropy of one forward pass, and so in one term."""
+        """Cross-entropy and entropy of one forward pass."""
         outputs = self.segmenter.levels(block.image)
         loss = self.config.pseudo * self._cross_entropy(outputs, block)
-        minimise(loss + self._penalty(outputs[0]), "pseudo and entropy")
+        minimise({"pseudo": loss, "entropy": self._penalty(outputs[0])})
 
     def _cross_entropy(self, outputs: tuple[Tensor, ...], block: Block) -> Tensor:
         assert block.label is not None

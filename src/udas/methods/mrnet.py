@@ -90,7 +90,7 @@ class MRNet(SegmentationMethod[MRNetConfig]):
                 supervise(minimise, self.segmenter, labelled, "labelled", c.auxiliary, c.labelled)
             if c.adversarial or c.memory:
                 z_t = self.segmenter.levels(target.image)
-                minimise(self._adapt(z_t), "target")
+                minimise(self._adapt(z_t))
         if c.adversarial:
             with self.update("critic") as minimise:
                 m_s = [fuse(detached(z_s), c.fusion)] * len(self.critics)
@@ -107,15 +107,15 @@ class MRNet(SegmentationMethod[MRNetConfig]):
         main, auxiliary = (balanced_cross_entropy(z, block.label, weight, self.config.hard_share) for z in outputs)
         return main + self.config.auxiliary * auxiliary
 
-    def _adapt(self, outputs: Sequence[Tensor]) -> Tensor:
-        """L_adv + lambda_mr L_mr: of one forward pass, hence one term."""
-        c, terms = self.config, []
+    def _adapt(self, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
+        """L_adv and lambda_mr L_mr, of one forward pass."""
+        c, terms = self.config, {}
         if c.adversarial:
-            terms.append(self.critics.judge(outputs, REAL, (c.adversarial, c.adversarial_auxiliary)))
+            terms["adversarial"] = self.critics.judge(outputs, REAL, (c.adversarial, c.adversarial_auxiliary))
         if c.memory:
             begun = self.steps_done >= round(c.memory_from * self.task.steps)
-            terms.append(c.memory * begun * memory_regularisation(outputs, c.fusion))
-        return torch.stack(terms).sum()
+            terms["memory"] = c.memory * begun * memory_regularisation(outputs, c.fusion)
+        return terms
 
 
 class ClassBalance(nn.Module):

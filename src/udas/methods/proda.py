@@ -112,7 +112,7 @@ class ProDA(SegmentationMethod[ProDAConfig]):
             supervise(minimise, self.segmenter, source, "source", c.auxiliary)
             if labelled is not None:
                 supervise(minimise, self.segmenter, labelled, "labelled", c.auxiliary, c.labelled)
-            minimise(self._adapt(views, views.picture(image), belief), "target")
+            minimise(self._adapt(views, views.picture(image), belief))
         self.prototypes.update(features, label_at(logits, features))
         self.averaged.update(self.segmenter)
 
@@ -127,14 +127,16 @@ class ProDA(SegmentationMethod[ProDAConfig]):
             classes = classes * logits.softmax(1)
         return Belief(classes / classes.sum(1, keepdim=True).clamp(min=1e-12), structure)
 
-    def _adapt(self, views: StrongViews, image: Tensor, belief: Belief) -> Tensor:
-        """L_sce + structure L_kl + regularisation L_reg; one loss, because the terms share a forward pass."""
+    def _adapt(self, views: StrongViews, image: Tensor, belief: Belief) -> dict[str, Tensor]:
+        """L_sce, structure L_kl and regularisation L_reg, of one forward pass."""
         c = self.config
         (logits, *_), features = self.segmenter.outputs(image)
-        loss = symmetric_cross_entropy(logits, *self._target(views, belief.classes), c.alpha, c.beta)
         structure, seen = views.maps(belief.structure)
-        loss = loss + c.structure * distillation(self.prototypes.log_weights(features), structure, seen)
-        return loss + c.regularisation * uniformity(logits)
+        return {
+            "pseudo": symmetric_cross_entropy(logits, *self._target(views, belief.classes), c.alpha, c.beta),
+            "structure": c.structure * distillation(self.prototypes.log_weights(features), structure, seen),
+            "regularisation": c.regularisation * uniformity(logits),
+        }
 
     def _target(self, views: StrongViews, classes: Tensor) -> tuple[Tensor, Tensor]:
         """Targets y as distributions [B, C, H, W] of the views' pixels, and which of them count, [B, H, W] bool."""

@@ -56,10 +56,11 @@ def _presets(folder: str) -> list[tuple[str, str]]:
 
 
 def _comment(folder: str, name: str) -> str:
-    """The comment at the head of a preset, without the command."""
+    """The comment at the head of a preset, without the command; of a run file, its first line."""
     lines = find_yaml(name, folder).read_text(encoding="utf-8").splitlines()
     head = [line.removeprefix("#").strip() for line in lines[:4] if line.startswith("#")]
-    return " ".join(line for line in head if not line.startswith("udas "))
+    told = [line for line in head if "udas run " not in line and not line.startswith("udas ")]
+    return " ".join(told[:1] if folder in ("runs", "bases") else told)
 
 
 def _methods() -> list[tuple[str, str]]:

@@ -71,7 +71,9 @@ def run(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> 
 def prepare_cache(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> None:
     """Decode and resize every picture and every granted label of a run into `folder`/cache."""
     context = Context(config, folder, runtime)
-    sets = [context.unlabelled, context.validation, context.probe]
+    sets = [context.unlabelled, context.validation]
+    if context.probe is not context.validation:
+        sets.append(context.probe)
     for stage in config.stages.values():
         if stage.kind == "train" and Stream.LABELLED in context.streams("", stage):
             sets.append(context.labelled(stage))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,10 +44,12 @@ class TrainingEngine:
         updater = self.updaters[name]
         updater.optimiser.zero_grad(set_to_none=True)
 
-        def minimise(loss: Tensor, name: str) -> None:
-            self._record(name, loss.detach())
+        def minimise(loss: Tensor | Mapping[str, Tensor], name: str = "loss") -> None:
+            terms = {name: loss} if isinstance(loss, Tensor) else loss
+            for term, value in terms.items():
+                self._record(term, value.detach())
             with torch.autocast(self.runtime.device.type, enabled=False):
-                torch.autograd.backward(loss, inputs=updater.parameters)
+                torch.autograd.backward(torch.stack(list(terms.values())).sum(), inputs=updater.parameters)
 
         yield minimise
         updater.step(self.step, self.frozen)

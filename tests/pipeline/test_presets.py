@@ -1,0 +1,50 @@
+"""Every training of every packaged run can be built: settings, streams, teachers and prototypes fit each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_run import CPU
+from udas.config import preset_names
+from udas.data.dataset import Domain
+from udas.pipeline import build, context
+from udas.pipeline.build import sketch_method
+from udas.pipeline.config import TrainStage, load_run
+from udas.pipeline.context import Context
+
+ROOTS = ("GTA5", "SYNTHIA", "CITYSCAPES", "CITYSCAPES256", "CARLA")
+BUILT: set[Any] = set()
+"""What was built already: the presets share much."""
+
+
+@pytest.fixture(autouse=True)
+def no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Data sets that are not there, as far as nobody opens a picture."""
+
+    def granted(domain: Domain, split: str, labelled: Any = None) -> list[str]:
+        return [] if (labelled or domain.config.labelled) == "none" else ["a picture"]
+
+    monkeypatch.setattr(Domain, "labelled_names", granted)
+    monkeypatch.setattr(context, "ensure", lambda *_: None)
+    for root in ROOTS:
+        monkeypatch.setenv(f"{root}_ROOT", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", preset_names("runs"))
+def test_every_packaged_training_can_be_built(name: str, tmp_path: Path) -> None:
+    config = load_run(name)
+    here = Context(config, tmp_path, CPU)
+    for title, stage in config.stages.items():
+        build._check_classes(here, title, stage)
+        if not isinstance(stage, TrainStage):
+            continue
+        others = [config.stages[other] for other in (stage.teacher, stage.prototypes) if other]
+        key = (stage.method.model_dump_json(), stage.network, here.streams(title, stage), str(others), config.taxonomy)
+        if key not in BUILT:
+            BUILT.add(key)
+            with torch.device("meta"):
+                sketch_method(here, title, stage)
