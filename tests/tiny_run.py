@@ -39,6 +39,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "udas": {"average": 0.9},
     "cycada": {"critic_width": 8, "average": 0.9},
     "proda": {"minimum": 1, "decay": 0.9, "momentum": 0.5},
+    "gct": {"detector_width": 8, "detector_stages": 2},
+    "cutmixseg": {"threshold": 0.1},
+    "fixmatch": {"threshold": 0.1},
+    "unimatch": {"threshold": 0.1},
 }
 """What makes a method small, or shows more of it; methods that are not named here are taken as they are."""
 
@@ -49,6 +53,11 @@ PER_PROCESS: dict[str, dict[str, Any]] = {
     "rectified": {"rare_weight": 1},
     "proda": {"strong": False, "decay": 1},
     "distil": {"strong": False},
+    "gct": {"batch_share": 0},
+    "pseudoseg": {"calibration": "picture", "batch_norm": False, "cutout": 0},
+    "cutmixseg": {"mask": "cutout"},
+    "fixmatch": {"cutmix": 0},
+    "unimatch": {"cutmix": 0},
 }
 """What switches off a method's memory of the pictures that one process saw, where processes are compared."""
 
@@ -60,6 +69,7 @@ LINKS: dict[str, dict[str, str]] = {
     "cyclegan": {"teacher": "teacher"},
     "proda": {"teacher": "teacher", "prototypes": "prototypes"},
     "distil": {"teacher": "teacher"},
+    "dldm": {"teacher": "teacher"},
 }
 """Earlier stages, in a run of the method, that it cannot do without."""
 

@@ -19,6 +19,13 @@ METHODS = {
     "dacs": "udas.methods.dacs:DACS",
     "proda": "udas.methods.proda:ProDA",
     "distil": "udas.methods.distil:Distil",
+    "region_mix": "udas.methods.region_mix:RegionMix",
+    "dldm": "udas.methods.dldm:DLDM",
+    "gct": "udas.methods.gct:GCT",
+    "pseudoseg": "udas.methods.pseudoseg:PseudoSeg",
+    "cutmixseg": "udas.methods.cutmixseg:CutMixSeg",
+    "fixmatch": "udas.methods.fixmatch:FixMatch",
+    "unimatch": "udas.methods.unimatch:UniMatch",
 }
 
 

@@ -170,7 +170,7 @@ def test_deeplabv2_head_starts_small():
 
 def test_align_corners_is_a_setting():
     network, image = build("deeplabv2", align_corners=True).eval(), picture(1, 64, 64)
-    coarse = network.decoder(network._pyramid(image))
+    coarse = network.decoder(network.encode(image))
     expected = F.interpolate(coarse, size=(64, 64), mode="bilinear", align_corners=True)
     torch.testing.assert_close(network(image), expected)
     assert not torch.allclose(expected, F.interpolate(coarse, size=(64, 64), mode="bilinear"))

@@ -44,6 +44,7 @@ STAGES = {
     "means": {"kind": "prototypes", "model": "warm", "minimum": 1, "sample": 5},
     "near": {"kind": "label", "model": "warm", "prototypes": "means", "rule": ALL},
     "learner": {"method": {"name": "proda"}, "teacher": "warm", "prototypes": "means", **CROP},
+    "taught": {"method": {"name": "dldm"}, "teacher": ["warm", "other"], "evaluate": False, **CROP},
     "painted": {"kind": "translate", "fourier": {"beta": 0.1}},
     "both": {"kind": "evaluate", "model": ["warm", "other"], "average": "probabilities"},
 }
@@ -149,12 +150,25 @@ def test_a_method_is_given_its_teacher_and_prototypes(finished: Context) -> None
     assert all(torch.equal(value, weights[key]) for key, value in task.teacher().state_dict().items())
 
 
+@torch.no_grad()
+def test_of_several_teachers_probabilities_are_averaged(finished: Context) -> None:
+    task = build_method(finished, "taught", finished.config.stages["taught"]).task
+    assert task.teacher is not None
+    image = finished.unlabelled.image(0)[None].float() / 255
+    one, two = (load_trained(finished, name).eval()(image).softmax(1) for name in ("warm", "other"))
+    assert torch.allclose(task.teacher().eval()(image).softmax(1), (one + two) / 2, atol=1e-6)
+    manifest = json.loads((finished.folder / "taught/manifest.json").read_text())
+    assert manifest["uses"] == {"teacher": ["warm", "other"]}
+
+
 @pytest.mark.parametrize(
     ("override", "again"),
     [
         ("stages.ranking.easy=0.5", {"ranking", "labels", "intra", "evaluate_intra"}),
         ("stages.both.average=logits", {"both"}),
         ("stages.both.model=[other, warm]", {"both"}),
+        ("stages.taught.teacher=warm", {"taught"}),
+        ("stages.other.training.steps=1", {"other", "labels", "intra", "evaluate_intra", "taught", "both"}),
         ("stages.means.minimum=2", {"means", "near", "learner", "evaluate_learner"}),
         ("stages.painted.fourier.beta=0.2", {"painted"}),
         ("stages.labels.rule.protocol={flips: true}", {"labels", "intra", "evaluate_intra"}),

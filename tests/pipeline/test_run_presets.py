@@ -13,7 +13,7 @@ from udas.config import preset_names
 from udas.data.dataset import Domain
 from udas.pipeline import build, context
 from udas.pipeline.build import sketch_method
-from udas.pipeline.config import TrainStage, load_run
+from udas.pipeline.config import TrainStage, load_run, several
 from udas.pipeline.context import Context
 
 ROOTS = ("GTA5", "SYNTHIA", "CITYSCAPES", "CITYSCAPES256", "CARLA")
@@ -42,7 +42,8 @@ def test_every_packaged_training_can_be_built(name: str, tmp_path: Path) -> None
         build._check_classes(here, title, stage)
         if not isinstance(stage, TrainStage):
             continue
-        others = [config.stages[other] for other in (stage.teacher, stage.prototypes) if other]
+        names = [name for role in (stage.teacher, stage.prototypes) if role for name in several(role)]
+        others = [config.stages[name] for name in names]
         key = (stage.method.model_dump_json(), stage.network, here.streams(title, stage), str(others), config.taxonomy)
         if key not in BUILT:
             BUILT.add(key)

@@ -25,6 +25,7 @@ from udas.taxonomy import IGNORE
 
 BLUR_SIGMA = (0.1, 2.0)  # pixels; UniMatch and SimCLR
 BLUR_KERNEL = 13  # reaches three of the largest sigma to each side
+ASPECT = 0.3  # narrowest box, and its inverse the tallest; UniMatch
 
 
 def cutmix_boxes(seeds: Sequence[int], height: int, width: int, device: torch.device | None = None) -> Tensor:
@@ -45,6 +46,72 @@ def cutmix_boxes(seeds: Sequence[int], height: int, width: int, device: torch.de
     ratio, row, column = _uniform(seeds, "cutmix", 3, device)
     share = torch.sqrt(1 - ratio)
     rows, columns = _inside(row, share, height), _inside(column, share, width)
+    return (rows[:, :, None] & columns[:, None, :])[:, None]
+
+
+def box_masks(
+    seeds: Sequence[int],
+    height: int,
+    width: int,
+    share: float | tuple[float, float] = 0.5,
+    device: torch.device | None = None,
+) -> Tensor:
+    """One box inside each picture that covers a given share of it, of random shape (French et al., BMVC 2020).
+
+    Height s^u of the picture's and width s^(1 - u), u ~ U(0, 1); its place is uniform over all that fit.
+
+    Args:
+        seeds: one seed per picture.
+        height: H in pixels.
+        width: W in pixels.
+        share: s, the box's share of the picture's area, or a range to draw it from.
+        device: where the boxes are wanted; the CPU when None.
+
+    Returns:
+        [B, 1, H, W] bool, True inside the box.
+    """
+    area, shape, row, column = _uniform(seeds, "box", 4, device)
+    low, high = share if isinstance(share, tuple) else (share, share)
+    area = (low + (high - low) * area).clamp(min=1e-6)
+    return _boxes(area**shape, area ** (1 - shape), row, column, height, width)
+
+
+def sized_boxes(
+    seeds: Sequence[int],
+    height: int,
+    width: int,
+    share: tuple[float, float] = (0.02, 0.4),
+    probability: float = 1.0,
+    device: torch.device | None = None,
+) -> Tensor:
+    """One box inside each picture with a share and an aspect drawn from ranges (UniMatch, Yang et al., CVPR 2023).
+
+    Height sqrt(s r) of the picture's and width sqrt(s / r): s ~ U(share); r is uniform in [0.3, 1 / 0.3] as far as the
+    box fits; its place is uniform over all that fit.
+
+    Args:
+        seeds: one seed per picture.
+        height: H in pixels.
+        width: W in pixels.
+        share: smallest and largest s, the box's share of the picture's area.
+        probability: of a box; other pictures get none.
+        device: where the boxes are wanted; the CPU when None.
+
+    Returns:
+        [B, 1, H, W] bool, True inside the box.
+    """
+    chance, area, aspect, row, column = _uniform(seeds, "sized box", 5, device)
+    area = share[0] + (share[1] - share[0]) * area
+    low, high = area.clamp(min=ASPECT), (1 / area).clamp(max=1 / ASPECT)
+    aspect = low + (high - low) * aspect
+    boxes = _boxes((area * aspect).sqrt(), (area / aspect).sqrt(), row, column, height, width)
+    return boxes & (chance < probability)[:, None, None, None]
+
+
+def _boxes(tall: Tensor, wide: Tensor, row: Tensor, column: Tensor, height: int, width: int) -> Tensor:
+    """[B] relative sides and places, 0 = at the top or left border, 1 = at the other -> [B, 1, H, W] bool."""
+    rows = _inside(tall / 2 + row * (1 - tall), tall, height)
+    columns = _inside(wide / 2 + column * (1 - wide), wide, width)
     return (rows[:, :, None] & columns[:, None, :])[:, None]
 
 
@@ -71,10 +138,53 @@ def classmix_masks(labels: Tensor, seeds: Sequence[int], void: bool = False) -> 
     present = torch.zeros(len(labels), IGNORE + 1, dtype=torch.bool, device=labels.device).scatter_(1, flat, True)
     if not void:
         present[:, IGNORE] = False
-    draws = torch.stack(_uniform(seeds, "classmix", IGNORE + 1, labels.device), 1)
+    draws = _draws(seeds, "classmix", IGNORE + 1, labels.device)
     rank = draws.masked_fill(~present, torch.inf).argsort(1).argsort(1)
     drawn = present & (2 * rank < present.sum(1, keepdim=True))
     return drawn.gather(1, flat).view_as(labels)[:, None]
+
+
+def partners(names: Sequence[str], device: torch.device | None = None) -> Tensor:
+    """Which picture of the batch each one is mixed with: the next one, and among those the first of another name.
+
+    Where a data set is smaller than a batch, or a new pass through it begins, a batch can hold a picture twice; only
+    when it holds nothing else is a picture mixed with another crop of itself.
+
+    Args:
+        names: the pictures' names, `Block.names`.
+        device: where the result is wanted; the CPU when None.
+
+    Returns:
+        [B] int64, positions in the batch, never its own.
+
+    Raises:
+        ConfigError: a batch of one.
+    """
+    if len(names) < 2:
+        raise ConfigError("a batch of one has no other picture to mix it with: let training.batch give every process two")
+    found = torch.tensor([_next(names, place) for place in range(len(names))])
+    return found.to(device or torch.device("cpu"), non_blocking=True)
+
+
+def _next(names: Sequence[str], place: int) -> int:
+    following = [(place + step) % len(names) for step in range(1, len(names))]
+    return next((other for other in following if names[other] != names[place]), following[0])
+
+
+def inside_picture(image: Tensor) -> Tensor:
+    """Pixels that show something: neither in a row nor in a column that is black throughout.
+
+    A random zoom can leave a picture smaller than its crop; the loader then adds rows and columns of zeros, which are
+    no place to learn at. Where there are labels, IGNORE says so.
+
+    Args:
+        image: [B, 3, H, W] as the loader gives it.
+
+    Returns:
+        [B, H, W] bool.
+    """
+    rows, columns = image.amax((1, 3)) > 0, image.amax((1, 2)) > 0
+    return rows[:, :, None] & columns[:, None, :]
 
 
 def paste(base: Tensor, patch: Tensor, mask: Tensor) -> Tensor:
@@ -177,8 +287,29 @@ def _factor(strength: float, draw: Tensor) -> Tensor:
     return low + (1 + strength - low) * draw
 
 
+def channel_dropout(features: Tensor, seeds: Sequence[int], rate: float, purpose: str) -> Tensor:
+    """Dropout of whole channels (Tompson et al., CVPR 2015), drawn for each picture from its own seed.
+
+    Args:
+        features: [B, D, h, w].
+        seeds: one seed per picture.
+        rate: probability in [0, 1) that a channel becomes 0; the others grow by 1 / (1 - rate).
+        purpose: names the draw; maps of different purposes lose different channels.
+
+    Returns:
+        [B, D, h, w].
+    """
+    kept = _draws(seeds, f"channels {purpose}", features.shape[1], features.device) >= rate
+    return features * (kept.to(features.dtype) / (1 - rate))[:, :, None, None]
+
+
 def _uniform(seeds: Sequence[int], purpose: str, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
     """`count` values ~ U(0, 1) per picture, as `count` tensors [B]; different purposes are independent."""
+    return _draws(seeds, purpose, count, device).unbind(1)
+
+
+def _draws(seeds: Sequence[int], purpose: str, count: int, device: torch.device | None) -> Tensor:
+    """[B, count] values ~ U(0, 1)."""
     generators = [torch.Generator().manual_seed(seed_of(seed, purpose)) for seed in seeds]
     draws = torch.stack([torch.rand(count, generator=generator) for generator in generators])
-    return draws.to(device or torch.device("cpu"), non_blocking=True).unbind(1)
+    return draws.to(device or torch.device("cpu"), non_blocking=True)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from udas.config import MethodConfig, OptimiserConfig
 from udas.data.batch import Batch, Stream
+from udas.networks.ensemble import Ensemble
 from udas.networks.segmenters import Segmenter
 from udas.networks.weights import save_segmenter
 from udas.taxonomy import Taxonomy
@@ -44,7 +45,8 @@ class Task:
     segmenter: builds a network for this run's classes, with its pretrained weights or the weights of an earlier stage.
     streams: the streams this stage provides.
     steps: optimiser steps of the whole training.
-    teacher: loads the frozen network of the stage's `teacher`, where one is named.
+    teacher: loads the network of the stage's `teacher`, where one is named; of several, one that averages their
+        probabilities.
     prototypes: [C, D] mean feature per class, of the stage's `prototypes`, where one is named.
     """
 
@@ -52,7 +54,7 @@ class Task:
     segmenter: Callable[[], Segmenter]
     streams: frozenset[Stream]
     steps: int
-    teacher: Callable[[], Segmenter] | None = None
+    teacher: Callable[[], Segmenter | Ensemble] | None = None
     prototypes: Tensor | None = None
 
 

@@ -49,3 +49,8 @@ class Ensemble(nn.Module):
         if self.average == "logits":
             return stacked.mean(0)
         return stacked.log_softmax(2).logsumexp(0) - math.log(len(logits))  # finite where probabilities round to 0
+
+
+def as_one(networks: Sequence[Segmenter], average: Averaged) -> Segmenter | Ensemble:
+    """The network, where there is one; an `Ensemble` of several."""
+    return networks[0] if len(networks) == 1 else Ensemble(networks, average)

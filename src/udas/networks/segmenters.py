@@ -150,7 +150,7 @@ class Segmenter(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Main logits, float32 [B, C, H, W], also under autocast."""
-        return self._upsample(self.decoder(self._pyramid(image)), image)
+        return self._upsample(self.decoder(self.encode(image)), image)
 
     def levels(self, image: Tensor) -> tuple[Tensor, ...]:
         """Logits of every level, main first; float32 [B, C, H, W] each."""
@@ -158,19 +158,32 @@ class Segmenter(nn.Module):
 
     def outputs(self, image: Tensor) -> Outputs:
         """`levels` and `representation` from one forward pass: the main logits are those of this representation."""
-        pyramid = self._pyramid(image)
+        return self.decode(self.encode(image), image)
+
+    def encode(self, image: Tensor) -> list[Tensor]:
+        """The feature maps that `decode` takes, entry k at stride min(2^k, output stride); entry 0 is the picture."""
+        image = (image - self.mean) / self.std
+        image = image.flip(1) if self.bgr else image
+        height, width = self._padded(image)
+        if self.multiple:  # zeros after normalisation: the mean colour
+            image = F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]))
+        pyramid: list[Tensor] = self.encoder(image)
+        return pyramid
+
+    def decode(self, pyramid: list[Tensor], image: Tensor) -> Outputs:
+        """The outputs from feature maps that `encode` made of pictures of this size, changed or not."""
         representation = self.decoder.represent(pyramid)
         levels = [self.decoder.classify(representation, pyramid), *self.decoder.auxiliary(pyramid)]
         return Outputs(tuple(self._upsample(logits, image) for logits in levels), self._crop(representation, image))
 
     def features(self, image: Tensor) -> list[Tensor]:
         """The encoder's feature maps below the picture's own size, from shallow to deep, [B, D_k, h_k, w_k]."""
-        maps = [entry for entry in self._pyramid(image)[1:] if entry.shape[1]]
+        maps = [entry for entry in self.encode(image)[1:] if entry.shape[1]]
         return [self._crop(entry, image) for entry in maps]
 
     def representation(self, image: Tensor) -> Tensor:
         """The decoder's features before the classifier, [B, D, h, w]."""
-        return self._crop(self.decoder.represent(self._pyramid(image)), image)
+        return self._crop(self.decoder.represent(self.encode(image)), image)
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters that pretrained weights fill."""
@@ -184,15 +197,6 @@ class Segmenter(nn.Module):
     def normalisation(self) -> Normalisation:
         """The normalisation in use."""
         return Normalisation(tuple(self.mean.flatten().tolist()), tuple(self.std.flatten().tolist()), self.bgr)
-
-    def _pyramid(self, image: Tensor) -> list[Tensor]:
-        image = (image - self.mean) / self.std
-        image = image.flip(1) if self.bgr else image
-        height, width = self._padded(image)
-        if self.multiple:  # zeros after normalisation: the mean colour
-            image = F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]))
-        pyramid: list[Tensor] = self.encoder(image)
-        return pyramid
 
     def _padded(self, image: Tensor) -> tuple[int, int]:
         step = self.multiple or 1

@@ -13,11 +13,12 @@ from udas.data.sampling import seed_of
 from udas.errors import ConfigError, WeightsError
 from udas.methods.base import Method, Task
 from udas.names import load_method
+from udas.networks.ensemble import Ensemble, as_one
 from udas.networks.segmenters import Segmenter, build_segmenter
 from udas.networks.weights import load_segmenter
-from udas.pipeline.config import AnyStage, TrainStage
+from udas.pipeline.config import AnyStage, TrainStage, several
 from udas.pipeline.context import Context
-from udas.pipeline.models import MODEL, load_trained
+from udas.pipeline.models import MODEL, load_averaged
 from udas.pipeline.prototypes import load_prototypes
 
 
@@ -34,7 +35,7 @@ def build_method(context: Context, name: str, stage: TrainStage) -> Method[Any]:
         lambda: _segmenter(context, stage),
         context.streams(name, stage),
         stage.training.steps,
-        None if teacher is None else lambda: load_trained(context, teacher),
+        None if teacher is None else lambda: load_averaged(context, teacher, "probabilities"),
         None if prototypes is None else load_prototypes(context.folder / prototypes),
     )
     return _build(context, name, stage, task)
@@ -52,7 +53,7 @@ def sketch_method(context: Context, name: str, stage: TrainStage) -> Method[Any]
         lambda: _random(context, stage.network),
         context.streams(name, stage),
         stage.training.steps,
-        None if teacher is None else lambda: _random(context, _network_of(context, teacher)),
+        None if teacher is None else lambda: _random_teacher(context, teacher),
         None if prototypes is None else _random_prototypes(context, prototypes),
     )
     return _build(context, name, stage, task)
@@ -116,6 +117,10 @@ def _segmenter(context: Context, stage: TrainStage) -> Segmenter:
 
 def _random(context: Context, network: NetworkConfig) -> Segmenter:
     return build_segmenter(network, len(context.taxonomy.classes), pretrained=False)
+
+
+def _random_teacher(context: Context, names: str | list[str]) -> Segmenter | Ensemble:
+    return as_one([_random(context, _network_of(context, name)) for name in several(names)], "probabilities")
 
 
 def _network_of(context: Context, name: str) -> NetworkConfig:

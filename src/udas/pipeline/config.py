@@ -44,6 +44,9 @@ else:
 
 WHOLE = ProtocolConfig.model_validate("whole")
 
+Models = str | Annotated[list[str], Field(min_length=1)]
+"""One train stage, or several whose predictions are averaged."""
+
 
 class StageConfig(Config):
     """What all stages share."""
@@ -62,7 +65,9 @@ class TrainStage(StageConfig):
     hard: str | None = Field(None, description="rank stage whose hard pictures alone are the unlabelled stream")
     labelled: Labelled | None = Field(None, description="labelled real pictures of this stage, instead of the target's")
     start: str | None = Field(None, description="train stage whose network is the starting point")
-    teacher: str | None = Field(None, description="train stage whose frozen network the method learns from")
+    teacher: Models | None = Field(
+        None, description="train stage whose frozen network the method learns from; of a list the mean of probabilities"
+    )
     prototypes: str | None = Field(None, description="prototypes stage that gives the first mean feature per class")
     network: NetworkConfig = NetworkConfig()
     training: TrainingConfig = TrainingConfig()
@@ -87,10 +92,6 @@ class TranslateStage(StageConfig):
         if (self.model is None) == (self.fourier is None):
             raise ValueError("give `model` (a train stage of a translator) or `fourier`, one of them")
         return self
-
-
-Models = str | Annotated[list[str], Field(min_length=1)]
-"""One train stage, or several whose predictions are averaged."""
 
 
 class LabelStage(StageConfig):

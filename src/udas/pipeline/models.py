@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from udas.methods.prototypes import Prototypes, fitting_prototypes
-from udas.networks.ensemble import Averaged, Ensemble
+from udas.networks.ensemble import Averaged, Ensemble, as_one
 from udas.networks.segmenters import Outputs, Segmenter
 from udas.networks.weights import load_segmenter
 from udas.pipeline.config import several
@@ -46,8 +46,7 @@ def load_trained(context: Context, stage: str) -> Segmenter:
 
 def load_averaged(context: Context, names: str | list[str], average: Averaged) -> Segmenter | Ensemble:
     """The segmenter of an earlier stage, or of several as one. Raises `WeightsError` as `load_trained`."""
-    networks = [load_trained(context, name) for name in several(names)]
-    return networks[0] if len(networks) == 1 else Ensemble(networks, average)
+    return as_one([load_trained(context, name) for name in several(names)], average)
 
 
 def reweighted(context: Context, model: Segmenter, stage: str) -> Reweighted:
