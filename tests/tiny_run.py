@@ -43,6 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "cutmixseg": {"threshold": 0.1},
     "fixmatch": {"threshold": 0.1},
     "unimatch": {"threshold": 0.1},
+    "cct": {"foreground": ["person", "vehicle"]},
 }
 """What makes a method small, or shows more of it; methods that are not named here are taken as they are."""
 
@@ -58,6 +59,7 @@ PER_PROCESS: dict[str, dict[str, Any]] = {
     "cutmixseg": {"mask": "cutout"},
     "fixmatch": {"cutmix": 0},
     "unimatch": {"cutmix": 0},
+    "cct": {"decoders": {"noise": 0, "adversarial": 0}},
 }
 """What switches off a method's memory of the pictures that one process saw, where processes are compared."""
 

@@ -26,6 +26,7 @@ METHODS = {
     "cutmixseg": "udas.methods.cutmixseg:CutMixSeg",
     "fixmatch": "udas.methods.fixmatch:FixMatch",
     "unimatch": "udas.methods.unimatch:UniMatch",
+    "cct": "udas.methods.cct:CCT",
 }
 
 

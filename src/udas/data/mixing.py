@@ -161,7 +161,9 @@ def partners(names: Sequence[str], device: torch.device | None = None) -> Tensor
         ConfigError: a batch of one.
     """
     if len(names) < 2:
-        raise ConfigError("a batch of one has no other picture to mix it with: let training.batch give every process two")
+        raise ConfigError(
+            "a batch of one cannot be mixed with another picture: let training.batch give every process two"
+        )
     found = torch.tensor([_next(names, place) for place in range(len(names))])
     return found.to(device or torch.device("cpu"), non_blocking=True)
 

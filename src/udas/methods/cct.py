@@ -1,0 +1,221 @@
+"""Cross-consistency training: decoders that see perturbed features agree with the one that sees them whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Self
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from udas.config import Config, MethodConfig, OptimiserConfig, Share
+from udas.data.batch import IGNORE, Batch, Block, Stream
+from udas.data.mixing import channel_dropout
+from udas.data.sampling import seed_of
+from udas.errors import ConfigError
+from udas.losses import outputs_cross_entropy
+from udas.methods import perturbations, ramps
+from udas.methods.base import Optimised, SegmentationMethod, Task, trainable
+from udas.methods.domains import supervise
+from udas.methods.regions import region_boxes
+from udas.networks.decoder import resize
+from udas.networks.pixel_shuffle import PixelShuffleHead
+from udas.networks.segmenters import Segmenter
+
+OBJECTS = 64  # boxes per picture that are cut at most; the largest ones
+SIDE = 64  # pixels of the picture that tells a network's stride; a multiple of all strides
+
+
+class Decoders(Config):
+    """How many auxiliary decoders see each perturbation; together K."""
+
+    dropout: int = Field(2, ge=0, description="Drop: whole channels are lost")
+    feature_drop: int = Field(2, ge=0, description="F-Drop: the most active places are lost")
+    noise: int = Field(2, ge=0, description="F-Noise: noise in proportion to the features")
+    cutout: int = Field(2, ge=0, description="G-Cutout: a window of each object is lost")
+    context: int = Field(1, ge=0, description="Con-Msk: all but the objects is lost")
+    objects: int = Field(1, ge=0, description="Obj-Msk: the objects are lost")
+    adversarial: int = Field(1, ge=0, description="I-VAT: a step in the direction that changes the prediction most")
+
+
+class CCTConfig(MethodConfig):
+    """Settings of cross-consistency training."""
+
+    name: Literal["cct"] = "cct"
+    optimiser: OptimiserConfig = OptimiserConfig()
+    decoders: Decoders = Decoders()
+    foreground: list[str] = Field(
+        default_factory=list, description="classes that are objects, for cutout, context and objects"
+    )
+    consistency: float = Field(30.0, ge=0, description="omega_u, weight of L_u after its ramp")
+    ramp: Share = Field(0.1, description="share of the training in which the weight of L_u grows")
+    supervised: Literal["cross_entropy", "bootstrapped"] = Field(
+        "cross_entropy", description="L_s: plain, or annealed and bootstrapped (ab-CE): sure pixels do not count"
+    )
+    threshold: Share = Field(0.9, description="ab-CE: eta at the end of its growth, from 1 / C on")
+    annealing: Share = Field(0.4, description="ab-CE: share of the training in which eta grows")
+    source: float = Field(1.0, ge=0, description="weight of cross-entropy on synthetic pictures, if given")
+    auxiliary: float = Field(0.1, ge=0, description="weight of auxiliary outputs on labels, where the network has them")
+    drop: float = Field(0.5, ge=0, lt=1, description="Drop: probability that a channel is lost")
+    active: tuple[float, float] = Field((0.7, 0.9), description="F-Drop: range of the threshold, times the maximum")
+    strength: float = Field(0.3, ge=0, description="F-Noise: n ~ U(-strength, strength)")
+    erase: Share = Field(0.4, description="G-Cutout: sides of the window, as shares of the object's")
+    outline: float = Field(50.0, ge=0, description="G-Cutout: pixels of outline above which a region is an object")
+    adversarial: float = Field(2.0, ge=0, description="I-VAT: epsilon, length of the step")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        counts = self.decoders
+        if not sum(dict(counts).values()):
+            raise ValueError("`decoders` are all 0; without one there is no consistency (method `supervised`)")
+        if counts.cutout + counts.context + counts.objects and not self.foreground:
+            raise ValueError(
+                "`foreground` is missing: name the classes that are objects, such as [vehicle]; "
+                "or set decoders.cutout, decoders.context and decoders.objects to 0"
+            )
+        return self
+
+
+class Guide(NamedTuple):
+    """What the perturbations know of the objects in the pictures, in cells of the features.
+
+    objects: [B, h, w] bool.
+    boxes: [B, K, 4], see `region_boxes`.
+    """
+
+    objects: Tensor
+    boxes: Tensor
+
+
+class CCT(SegmentationMethod[CCTConfig]):
+    """CCT (Ouali et al., CVPR 2020): L = L_s + omega(t) L_u (+ source CE(f(x_s), y_s)).
+
+    f = g h: the network, h to its representation and g its classifier; g_k: auxiliary decoders; P_k: perturbations.
+
+        L_s = CE(f(x_l), y_l)
+        L_u = 1/K sum_k mean over pixels and classes of (softmax g_k(P_k(z)) - p)^2,   z = h(x_u)
+        p   = softmax g(z), without gradient
+        omega(t) = consistency exp(-5 (1 - min(t / T, 1))^2),   T = ramp * steps
+
+    With supervised = bootstrapped, L_s counts pixels with softmax(f(x_l))_y < eta(t) alone, and
+    eta = 1/C + (threshold - 1/C) (1 - exp(-5 min(t / T', 1))), T' = annealing * steps. The g_k are thrown away.
+    """
+
+    settings = CCTConfig
+    needs = frozenset({Stream.LABELLED, Stream.UNLABELLED})
+    optional = frozenset({Stream.SOURCE})
+
+    def __init__(self, config: CCTConfig, task: Task) -> None:
+        super().__init__(config, task)
+        self.stride = _stride(self.segmenter)
+        channels, stages = self.segmenter.decoder.channels, round(math.log2(self.stride))
+        self.kinds = [kind for kind, count in config.decoders for _ in range(count)]
+        self.heads = nn.ModuleList(PixelShuffleHead(channels, self.segmenter.classes, stages) for _ in self.kinds)
+        self.foreground: Tensor
+        self.register_buffer("foreground", _members(config.foreground, task))
+        self.steps: Tensor
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+
+    def optimised(self) -> dict[str, Optimised]:
+        """One optimiser, for the network and the auxiliary decoders, which learn as fast as its decoder."""
+        network = Optimised.segmenter(self.segmenter, self.config.optimiser)
+        heads = {"params": trainable(self.heads.parameters()), "factor": self.config.optimiser.head_factor}
+        return {"segmenter": Optimised([*network.groups, heads], self.config.optimiser)}
+
+    def step(self, batch: Batch) -> None:
+        """Learn labels with the network, and its predictions with the auxiliary decoders."""
+        labelled, unlabelled, c = batch.labelled, batch.unlabelled, self.config
+        assert labelled is not None
+        assert unlabelled is not None
+        weight = c.consistency * ramps.exponential(self.steps, self._steps(c.ramp))
+        with self.update("segmenter") as minimise:
+            if batch.source is not None:
+                supervise(minimise, self.segmenter, batch.source, "source", c.auxiliary, c.source)
+            minimise(self._supervised(labelled), "labelled")
+            minimise(weight * self._consistency(unlabelled.image, unlabelled.seeds), "consistency")
+        self.steps += 1
+
+    def _supervised(self, block: Block) -> Tensor:
+        """L_s."""
+        assert block.label is not None
+        outputs, label = self.segmenter.levels(block.image), block.label
+        if self.config.supervised == "bootstrapped":
+            label = unsure_labels(outputs[0], label, self._eta())
+        return outputs_cross_entropy(outputs, label, auxiliary=self.config.auxiliary)
+
+    def _eta(self) -> Tensor:
+        """eta(t)."""
+        start = 1 / self.segmenter.classes
+        growth = 1 - torch.exp(-5 * ramps.linear(self.steps, self._steps(self.config.annealing)))
+        return start + (self.config.threshold - start) * growth
+
+    def _steps(self, share: float) -> int:
+        return round(share * self.task.steps)
+
+    def _consistency(self, image: Tensor, seeds: Sequence[int]) -> Tensor:
+        """L_u."""
+        (logits, *_), z = self.segmenter.outputs(image)
+        target = logits.detach().softmax(1)
+        guide = self._guide(target, z)
+        losses = []
+        for number, (kind, head) in enumerate(zip(self.kinds, self.heads, strict=True)):
+            own = [seed_of(seed, "decoder", number) for seed in seeds]
+            seen = head(self._perturb(kind, z, guide, head, own)).float()
+            seen = seen if seen.shape == target.shape else resize(seen, like=target)
+            losses.append(F.mse_loss(seen.softmax(1), target))
+        return torch.stack(losses).mean()
+
+    def _guide(self, target: Tensor, z: Tensor) -> Guide:
+        """The objects that the probabilities [B, C, H, W] show."""
+        objects = self.foreground[target.argmax(1)]
+        objects = F.interpolate(objects[:, None].float(), size=z.shape[-2:], mode="nearest")[:, 0] > 0
+        return Guide(objects, region_boxes(objects, OBJECTS, self.config.outline / self.stride))
+
+    def _perturb(self, kind: str, z: Tensor, guide: Guide, head: nn.Module, seeds: Sequence[int]) -> Tensor:
+        """P_k(z), z [B, D, h, w]."""
+        c = self.config
+        match kind:
+            case "dropout":
+                return channel_dropout(z, seeds, c.drop, "cct")
+            case "feature_drop":
+                return perturbations.drop_active(z, seeds, *c.active)
+            case "noise":
+                return perturbations.add_noise(z, c.strength)
+            case "cutout":
+                return perturbations.cut_objects(z, guide.boxes, seeds, c.erase)
+            case "context":
+                return perturbations.hide_context(z, guide.objects)
+            case "objects":
+                return perturbations.hide_objects(z, guide.objects)
+            case _:
+                return perturbations.add_adversarial(z, head, c.adversarial)
+
+
+def unsure_labels(logits: Tensor, label: Tensor, threshold: Tensor) -> Tensor:
+    """The labels [B, H, W] with IGNORE where softmax(logits)_y, [B, C, H, W], has reached the threshold."""
+    probability = logits.detach().softmax(1)
+    given = probability.gather(1, label.where(label != IGNORE, 0)[:, None])[:, 0]
+    return torch.where(given < threshold, label, IGNORE)
+
+
+def _members(names: Sequence[str], task: Task) -> Tensor:
+    """[C] bool, True for the classes `names`. Raises `ConfigError` for an unknown one."""
+    chosen = torch.zeros(len(task.taxonomy.classes), dtype=torch.bool)
+    for name in names:
+        try:
+            chosen[task.taxonomy.index(name)] = True
+        except ConfigError as error:
+            raise ConfigError(f"foreground: {error}") from None
+    return chosen
+
+
+def _stride(segmenter: Segmenter) -> int:
+    """How many times smaller than a picture the network's representation is: a power of 2."""
+    training = segmenter.training
+    with torch.no_grad():
+        z = segmenter.eval().representation(segmenter.mean.new_zeros(1, 3, SIDE, SIDE))
+    segmenter.train(training)
+    return SIDE // z.shape[-1]

@@ -1,0 +1,128 @@
+"""FixMatch for segmentation: what the network says of a picture is what it has to say of a strongly changed one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.data.batch import IGNORE, Batch, Block, Stream
+from udas.data.mixing import inside_picture, partners, paste, sized_boxes, strong
+from udas.losses import outputs_cross_entropy
+from udas.methods.base import Minimise, Optimised, SegmentationMethod
+from udas.methods.domains import supervise
+from udas.networks.segmenters import Segmenter
+
+HALF = 0.5  # the published sum of supervised and unsupervised losses is halved
+
+
+class WeakToStrongConfig(MethodConfig):
+    """What FixMatch and UniMatch share."""
+
+    optimiser: OptimiserConfig = OptimiserConfig()
+    threshold: Share = Field(0.95, description="tau, confidence from which a pseudo-label counts; Cityscapes: 0")
+    cutmix: Share = Field(0.5, description="probability that a box of another picture is pasted on a strong view")
+    share: tuple[Share, Share] = Field((0.02, 0.4), description="area of that box as a share of the picture: from, to")
+    source: float = Field(1.0, ge=0, description="weight of L_s, the cross-entropy on synthetic pictures, where given")
+    auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
+
+
+class FixMatchConfig(WeakToStrongConfig):
+    """Settings of FixMatch."""
+
+    name: Literal["fixmatch"] = "fixmatch"
+    consistency: float = Field(1.0, ge=0, description="weight of L_u, the loss on strong views")
+
+
+class Believed(NamedTuple):
+    """What unlabelled pictures are taken for.
+
+    label: [B, H, W] int64; IGNORE beyond the picture.
+    confidence: [B, H, W] in [0, 1].
+    """
+
+    label: Tensor
+    confidence: Tensor
+
+
+class FixMatch(SegmentationMethod[FixMatchConfig]):
+    """FixMatch (Sohn et al., NeurIPS 2020) for segmentation, the baseline of UniMatch (Yang et al., CVPR 2023).
+
+    x_l, y_l: labelled pictures; x_u: unlabelled ones as the loader gives them (the weak view); f: the network.
+
+        p    = softmax f(x_u), no gradient;  y = argmax_c p_c
+        A    = colour jitter, greyscale and blur at random, then CutMix: with probability `cutmix` a box of another
+               picture's A, y and p moved likewise
+        L_u  = sum over pixels of [max_c p_c >= tau] CE(f(A x_u), y) / number of pixels inside the picture
+        L    = (CE(f(x_l), y_l) + consistency L_u   + source CE(f(x_s), y_s)) / 2
+
+    Unsure pixels are in the denominator, so that L_u grows with the share of sure ones. The other picture is the next
+    one of the batch.
+    """
+
+    settings = FixMatchConfig
+    needs = frozenset({Stream.LABELLED, Stream.UNLABELLED})
+    optional = frozenset({Stream.SOURCE})
+
+    def optimised(self) -> dict[str, Optimised]:
+        """One optimiser, for the segmenter."""
+        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
+
+    def step(self, batch: Batch) -> None:
+        """Learn labels, and pseudo-labels on strong views."""
+        target, c = batch.unlabelled, self.config
+        assert target is not None
+        with torch.no_grad():
+            believed = believe(self.segmenter(target.image), target.image)
+            image, believed = strong_view(target, target.seeds, believed, c)
+        with self.update("segmenter") as minimise:
+            learn_labels(minimise, self.segmenter, batch, c)
+            loss = pseudo_loss(self.segmenter.levels(image), believed, c)
+            minimise(HALF * c.consistency * loss, "strong")
+
+
+def learn_labels(minimise: Minimise, segmenter: Segmenter, batch: Batch, config: WeakToStrongConfig) -> None:
+    """Minimise half the cross-entropy on labelled pictures and, where they are given, on synthetic ones."""
+    assert batch.labelled is not None
+    supervise(minimise, segmenter, batch.labelled, "labelled", config.auxiliary, HALF)
+    if batch.source is not None:
+        supervise(minimise, segmenter, batch.source, "source", config.auxiliary, HALF * config.source)
+
+
+def believe(logits: Tensor, image: Tensor) -> Believed:
+    """Classes and confidences from logits [B, C, H, W] of pictures [B, 3, H, W] as the loader gave them."""
+    confidence, label = logits.softmax(1).max(1)
+    return Believed(torch.where(inside_picture(image), label, IGNORE), confidence)
+
+
+def strong_view(
+    block: Block, seeds: Sequence[int], believed: Believed, config: WeakToStrongConfig
+) -> tuple[Tensor, Believed]:
+    """A strong view A of the pictures, [B, 3, H, W], and what is believed of its pixels.
+
+    Args:
+        block: the weak view.
+        seeds: one seed per picture; other seeds give another, independent view.
+        believed: what is believed of the weak view.
+        config: probability and area of boxes.
+
+    Raises:
+        ConfigError: a batch of one, which has no other picture to take a box from.
+    """
+    image = strong(block.image, seeds)
+    if not config.cutmix:
+        return image, believed
+    other = partners(block.names, image.device)
+    box = sized_boxes(seeds, image.shape[-2], image.shape[-1], config.share, config.cutmix, image.device)
+    image, label, confidence = (paste(plane, plane[other], box) for plane in (image, *believed))
+    return image, Believed(label, confidence)
+
+
+def pseudo_loss(outputs: Sequence[Tensor], believed: Believed, config: WeakToStrongConfig) -> Tensor:
+    """Cross-entropy of sure pseudo-labels, divided by the number of all pixels inside the pictures."""
+    sure = (believed.confidence >= config.threshold).float()
+    return outputs_cross_entropy(outputs, believed.label, pixel_weight=sure, auxiliary=config.auxiliary)

@@ -1,0 +1,84 @@
+"""UniMatch: FixMatch with two strong views of every picture and one of its features."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from udas.data.batch import Batch, Block, Stream
+from udas.data.mixing import channel_dropout
+from udas.data.sampling import seed_of
+from udas.methods.base import Minimise, Optimised, SegmentationMethod
+from udas.methods.fixmatch import (
+    HALF,
+    Believed,
+    WeakToStrongConfig,
+    believe,
+    learn_labels,
+    pseudo_loss,
+    strong_view,
+)
+
+
+class UniMatchConfig(WeakToStrongConfig):
+    """Settings of UniMatch."""
+
+    name: Literal["unimatch"] = "unimatch"
+    images: float = Field(0.25, ge=0, description="weight of each of L_s1 and L_s2, the losses on strong views")
+    features: float = Field(0.5, ge=0, description="weight of L_fp, the loss on features with dropped channels")
+    dropout: float = Field(0.5, ge=0, lt=1, description="share of the feature channels that are dropped for L_fp")
+
+
+class UniMatch(SegmentationMethod[UniMatchConfig]):
+    """Yang et al., "Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation", CVPR 2023.
+
+    As `FixMatch`, but of f = h o g, decoder and encoder, three streams learn the pseudo-labels y of the weak view:
+
+        L_s1, L_s2 = L_u of FixMatch on two strong views A_1, A_2, drawn independently
+        L_fp       = sum over pixels of [max_c p_c >= tau] CE(h(dropout(g(x_u))), y) / pixels inside the picture
+        L          = (CE(f(x_l), y_l) + images (L_s1 + L_s2) + features L_fp   + source CE(f(x_s), y_s)) / 2
+
+    dropout zeroes whole channels of every feature map of the encoder, picture by picture. One pass of the encoder over
+    the weak view gives both y and L_fp.
+    """
+
+    settings = UniMatchConfig
+    needs = frozenset({Stream.LABELLED, Stream.UNLABELLED})
+    optional = frozenset({Stream.SOURCE})
+
+    def optimised(self) -> dict[str, Optimised]:
+        """One optimiser, for the segmenter."""
+        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
+
+    def step(self, batch: Batch) -> None:
+        """Learn labels, and pseudo-labels from dropped features and two strong views."""
+        target = batch.unlabelled
+        assert target is not None
+        with self.update("segmenter") as minimise:
+            learn_labels(minimise, self.segmenter, batch, self.config)
+            believed = self._drop_features(minimise, target)
+            minimise(self._strong(target, believed))
+
+    def _drop_features(self, minimise: Minimise, block: Block) -> Believed:
+        """Minimise L_fp; returns what is believed of the weak view."""
+        image, c = block.image, self.config
+        pyramid = self.segmenter.encode(image)
+        with torch.no_grad():
+            believed = believe(self.segmenter.decode(pyramid, image).levels[0], image)
+        maps = [channel_dropout(entry, block.seeds, c.dropout, str(k)) for k, entry in enumerate(pyramid[1:])]
+        outputs = self.segmenter.decode([pyramid[0], *maps], image).levels
+        minimise(HALF * c.features * pseudo_loss(outputs, believed, c), "features")
+        return believed
+
+    def _strong(self, block: Block, believed: Believed) -> dict[str, Tensor]:
+        """L_s1 and L_s2, of one forward pass."""
+        c, count = self.config, len(block.image)
+        seeds = block.seeds, [seed_of(seed, "second") for seed in block.seeds]
+        views = [strong_view(block, own, believed, c) for own in seeds]
+        outputs = self.segmenter.levels(torch.cat([image for image, _ in views]))
+        split = ([level[:count] for level in outputs], [level[count:] for level in outputs])
+        losses = [pseudo_loss(levels, seen, c) for levels, (_, seen) in zip(split, views, strict=True)]
+        return {f"strong {k}": HALF * c.images * loss for k, loss in enumerate(losses, 1)}

@@ -1,0 +1,223 @@
+"""FixMatch and UniMatch against their steps written a second time, and what their views and losses must never do."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from equivalence.small import CLASSES, block, naive_cross_entropy, task
+from equivalence.stepping import advance, lend_engine
+from udas.data.batch import IGNORE, Batch, Stream
+from udas.data.mixing import channel_dropout, sized_boxes, strong
+from udas.data.sampling import seed_of
+from udas.errors import ConfigError
+from udas.methods.fixmatch import Believed, FixMatch, FixMatchConfig, believe, pseudo_loss, strong_view
+from udas.methods.unimatch import UniMatch, UniMatchConfig
+from udas.validation import validate
+
+STEPS = 5
+SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "constant"}
+SSL = (Stream.LABELLED, Stream.UNLABELLED)
+ALL = (*SSL, Stream.SOURCE)
+C = len(CLASSES.classes)
+METHODS = {"fixmatch": (FixMatch, FixMatchConfig), "unimatch": (UniMatch, UniMatchConfig)}
+both = pytest.mark.parametrize("name", METHODS)
+
+
+def make(name, streams=SSL, network="fcn", **settings):
+    method, config = METHODS[name]
+    torch.manual_seed(3)
+    chosen = {"optimiser": SGD, "threshold": 0.38, "cutmix": 0.7} | settings
+    return method(validate(config, chosen, "test"), task(streams, network, STEPS)).train()
+
+
+def batch(step, streams=SSL, count=3):
+    seen = Batch(
+        source=block(10 * step) if Stream.SOURCE in streams else None,
+        labelled=block(10 * step + 1),
+        unlabelled=block(10 * step + 2, count, labelled=False),
+    )
+    seen.unlabelled.image[0, :, :, :10] = 0  # this picture was too small for its crop
+    return seen
+
+
+class Naive:
+    """Views pixel by pixel, losses class by class; one backward of the whole sum."""
+
+    def __init__(self, method):
+        self.c, self.net = method.config, copy.deepcopy(method.segmenter)
+        self.sgd = torch.optim.SGD(self.net.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
+
+    def step(self, batch, t):
+        torch.manual_seed(t)
+        terms = self.terms(batch)
+        self.sgd.zero_grad()
+        (sum(terms.values()) / 2).backward()
+        self.sgd.step()
+        return {name: term.item() / 2 for name, term in terms.items()}
+
+    def supervised(self, batch):
+        terms = {"labelled": self.learn(batch.labelled)}
+        return terms | ({"source": self.c.source * self.learn(batch.source)} if batch.source else {})
+
+    def learn(self, seen):
+        main, *others = (naive_cross_entropy(output, seen.label) for output in self.net.levels(seen.image))
+        return main + self.c.auxiliary * sum(others)
+
+    def believed(self, logits):
+        p = logits.detach().exp() / logits.detach().exp().sum(1, keepdim=True)
+        valid = torch.ones(len(p), *p.shape[2:], dtype=bool)
+        valid[0, :, :10] = False
+        return p.argmax(1), p.max(1).values, valid
+
+    def view(self, seen, seeds, believed):
+        """Colours first; then a box of the next picture's colours, labels, confidences and validity."""
+        colours = strong(seen.image, seeds)
+        planes = [colours, *believed]
+        mixed = [plane.clone() for plane in planes]
+        for b, seed in enumerate(seeds):
+            other = (b + 1) % len(seeds)
+            box = sized_boxes([seed], *seen.image.shape[-2:], self.c.share, self.c.cutmix)
+            for y, x in box[0, 0].nonzero().tolist():
+                for plane, result in zip(planes, mixed, strict=True):
+                    result[b, ..., y, x] = plane[other, ..., y, x]
+        return mixed[0], mixed[1:]
+
+    def loss(self, outputs, believed):
+        label, confidence, valid = believed
+        total = 0.0
+        for weight, logits in zip((1.0, self.c.auxiliary), outputs, strict=False):
+            log_p = logits - logits.exp().sum(1, keepdim=True).log()
+            for k in range(C):
+                total = total - weight * log_p[:, k][valid & (confidence >= self.c.threshold) & (label == k)].sum()
+        return total / valid.sum()
+
+
+class NaiveFixMatch(Naive):
+    def terms(self, batch):
+        seen = batch.unlabelled
+        with torch.no_grad():
+            image, believed = self.view(seen, seen.seeds, self.believed(self.net(seen.image)))
+        terms = self.supervised(batch)
+        return terms | {"strong": self.c.consistency * self.loss(self.net.levels(image), believed)}
+
+
+class NaiveUniMatch(Naive):
+    def terms(self, batch):
+        seen, c, terms = batch.unlabelled, self.c, self.supervised(batch)
+        maps = self.net.encoder((seen.image - self.net.mean) / self.net.std)
+        with torch.no_grad():
+            believed = self.believed(self.decoded(maps)[0])
+        for k in range(1, len(maps)):
+            drawn = channel_dropout(torch.ones_like(maps[k]), seen.seeds, c.dropout, str(k - 1))
+            maps[k] = maps[k] * (drawn > 0) / (1 - c.dropout)
+        terms["features"] = c.features * self.loss(self.decoded(maps), believed)
+        image_1, believed_1 = self.view(seen, seen.seeds, believed)
+        image_2, believed_2 = self.view(seen, [seed_of(seed, "second") for seed in seen.seeds], believed)
+        both = self.net.levels(torch.cat([image_1, image_2]))
+        n = len(image_1)
+        terms["strong 1"] = c.images * self.loss([logits[:n] for logits in both], believed_1)
+        terms["strong 2"] = c.images * self.loss([logits[n:] for logits in both], believed_2)
+        return terms
+
+    def decoded(self, maps):
+        coarse = [self.net.decoder(maps), *self.net.decoder.auxiliary(maps)]
+        return [F.interpolate(logits, size=(33, 48), mode="bilinear") for logits in coarse]
+
+
+CASES = {
+    "semi-supervised": (SSL, {}),
+    "adaptation": (ALL, {"source": 0.7}),
+    "every pixel counts": (SSL, {"threshold": 0.0, "share": (0.2, 0.9), "cutmix": 1}),
+    "no boxes": (SSL, {"cutmix": 0, "threshold": 0.4}),
+    "two levels": (ALL, {"network": "deeplabv2_multi", "auxiliary": 0.3, "threshold": 0.334}),
+}
+WEIGHTS = {"fixmatch": {"consistency": 0.6}, "unimatch": {"images": 0.3, "features": 0.7, "dropout": 0.3}}
+
+
+@both
+@pytest.mark.parametrize("case", [*CASES, "weights"])
+def test_step_is_the_formula(name, case):
+    streams, settings = CASES.get(case, (SSL, WEIGHTS[name]))
+    method = make(name, streams, **settings)
+    naive = (NaiveFixMatch if name == "fixmatch" else NaiveUniMatch)(method)
+    engine = lend_engine(method, STEPS)
+    for step in range(2):
+        seen = batch(step, streams)
+        expected = naive.step(seen, step)
+        assert advance(engine, method, seen, step) == pytest.approx(expected, rel=2e-5)
+        assert all(term > 0 for term in expected.values())
+    found = method.segmenter.state_dict()
+    for key, value in naive.net.state_dict().items():
+        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=2e-6, msg=key)
+
+
+def test_published_weights():
+    """L = (L_x + L_s) / 2 and L = (L_x + L_s1 / 4 + L_s2 / 4 + L_fp / 2) / 2."""
+    config = UniMatchConfig()
+    assert (config.images, config.features, config.dropout, config.cutmix) == (0.25, 0.5, 0.5, 0.5)
+    assert FixMatchConfig().consistency == 1
+
+
+def test_the_mean_is_over_all_pixels_inside_the_picture():
+    """Of 100 pixels 20 are outside and 40 sure: log 2 from 40 of 80, not of 40 or 100."""
+    confidence, image = torch.full((1, 10, 10), 0.5), torch.ones(1, 3, 10, 10)
+    image[..., :2] = 0
+    confidence[..., 6:] = 0.96
+    label = believe(torch.zeros(1, 2, 10, 10), image).label
+    assert (label == IGNORE).sum() == 20
+    loss = pseudo_loss([torch.zeros(1, 2, 10, 10)], Believed(label, confidence), FixMatchConfig(threshold=0.95))
+    assert loss.item() == pytest.approx(math.log(2) / 2)
+
+
+def test_a_view_is_mixed_with_the_next_picture_and_so_are_its_labels():
+    config, seen = FixMatchConfig(cutmix=1), block(1, 3, labelled=False)
+    flat = torch.arange(3).view(3, 1, 1).expand(3, 33, 48)
+    image, (label, confidence) = strong_view(seen, seen.seeds, Believed(flat, flat / 4), config)
+    box, colours = sized_boxes(seen.seeds, 33, 48), strong(seen.image, seen.seeds)
+    assert torch.equal(image, torch.where(box, colours[[1, 2, 0]], colours))
+    assert torch.equal(label, torch.where(box[:, 0], (flat + 1) % 3, flat))
+    assert torch.equal(confidence, label / 4)
+
+
+def test_two_views_of_a_picture_are_independent():
+    seen, asked = batch(0, count=4), []
+    method = make("unimatch", cutmix=1)
+    method.segmenter.encoder.register_forward_pre_hook(lambda _, given: asked.append(given[0].clone()))
+    kept = copy.deepcopy(seen)
+    advance(lend_engine(method), method, seen)
+    assert [len(image) for image in asked] == [2, 4, 8], "labelled, weak, and both strong views at once"
+    first, second = asked[2].chunk(2)
+    assert all((a != b).float().mean() > 0.5 for a, b in zip(first, second, strict=True))
+    assert torch.equal(seen.unlabelled.image, kept.unlabelled.image)
+
+
+@both
+def test_labels_come_from_the_weak_view(name):
+    asked, seen = [], batch(0)
+    method = make(name, threshold=0)
+    method.segmenter.encoder.register_forward_pre_hook(lambda _, given: asked.append(given[0].clone()))
+    advance(lend_engine(method), method, seen)
+    weak = (seen.unlabelled.image - method.segmenter.mean) / method.segmenter.std
+    assert any(torch.equal(image, weak) for image in asked)
+
+
+@both
+def test_one_picture_is_never_mixed_with_itself(name):
+    seen = batch(0, count=1)
+    with pytest.raises(ConfigError, match="batch of one"):
+        advance(lend_engine(alone := make(name)), alone, seen)
+    advance(lend_engine(alone := make(name, cutmix=0)), alone, seen)
+
+
+@both
+def test_unsure_pixels_teach_nothing(name):
+    """With no sure pixel the step is that of supervised training at half the weight."""
+    method, seen = make(name, threshold=1.0, network="deeplabv2"), batch(0)
+    losses = advance(lend_engine(method), method, replace(seen))
+    assert all(value == 0 for key, value in losses.items() if key != "labelled")

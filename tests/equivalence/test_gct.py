@@ -1,0 +1,331 @@
+"""GCT against its step written a second time, and what its targets, flaw maps and ground truth must never do."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from equivalence.small import CLASSES, block, naive_cross_entropy, task
+from equivalence.stepping import advance, lend_engine, turns
+from udas.data.batch import IGNORE, Batch, Stream
+from udas.errors import ConfigError
+from udas.methods.gct import GCT, GCTConfig, Opinion, exchange, ground_truth, handled, kernel_size
+from udas.validation import validate
+
+STEPS = 10
+SGD = {"name": "sgd", "lr": 0.02, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "constant"}
+SSL = (Stream.LABELLED, Stream.UNLABELLED)
+ALL = (*SSL, Stream.SOURCE)
+SIZE = {"height": 25, "width": 36}
+SMALL = {"detector_width": 6, "detector_stages": 2}
+
+
+def make(streams=SSL, network="fcn", **settings):
+    torch.manual_seed(3)
+    settings = {"optimiser": SGD, "detector_optimiser": SGD} | SMALL | settings
+    method = GCT(validate(GCTConfig, settings, "test"), task(streams, network, STEPS)).train()
+    method.detector.classifier.bias.data.fill_(0.4)  # maps with flaws and without any
+    return method
+
+
+def batch(step, streams=SSL, labelled=2, unlabelled=2):
+    return Batch(
+        source=block(10 * step, 2, **SIZE) if Stream.SOURCE in streams else None,
+        labelled=block(10 * step + 1, labelled, **SIZE),
+        unlabelled=block(10 * step + 2, unlabelled, labelled=False, **SIZE),
+    )
+
+
+class Naive:
+    """Pixel after pixel; kernels, borders and the order of the published code written out."""
+
+    def __init__(self, method):
+        self.config, self.detector = method.config, copy.deepcopy(method.detector)
+        self.nets = [copy.deepcopy(method.segmenter), copy.deepcopy(method.right)]
+        self.sgds = [
+            torch.optim.SGD(module.parameters(), 0.02, momentum=0.9, weight_decay=5e-4)
+            for module in (*self.nets, self.detector)
+        ]
+        self.moved, self.corrected = [], []
+
+    def step(self, batch, t):
+        torch.manual_seed(t)
+        c, terms, count = self.config, {}, len(batch.labelled.image)
+        image = torch.cat((batch.labelled.image, batch.unlabelled.image), 0)
+        outputs = [net.levels(image) for net in self.nets]
+        p = [output[0].exp() / output[0].exp().sum(1, keepdim=True) for output in outputs]
+        flaws = [self.detector(image, each) for each in p]
+        targets, wrong = self.targets([each.detach() for each in p], [handle(each.detach()) for each in flaws])
+        ramp = math.exp(-5 * (1 - min(1, t / max(1, round(c.ramp_up * STEPS)))) ** 2) if c.ramp_up else 1
+        for k, side in enumerate(("left", "right")):
+            labels = [naive_cross_entropy(level[:count], batch.labelled.label) for level in outputs[k]]
+            mine = {
+                "labelled": labels[0] + c.auxiliary * sum(labels[1:]),
+                "consistency": ramp * c.consistency * ((p[k] - targets[k]) ** 2).sum() / p[k].numel(),
+                "correction": c.correction * (flaws[k][wrong] ** 2).sum() / wrong.numel(),
+            }
+            if batch.source:
+                losses = [
+                    naive_cross_entropy(level, batch.source.label) for level in self.nets[k].levels(batch.source.image)
+                ]
+                mine["source"] = c.source * (losses[0] + c.auxiliary * sum(losses[1:]))
+            learn(self.sgds[k], self.nets[k], sum(mine.values()))
+            terms |= {f"{side} {name}": term.item() for name, term in mine.items()}
+        losses = [self.detection(image, each.detach(), batch.labelled.label) for each in p]
+        terms |= {f"detector {side}": loss.item() for side, loss in zip(("left", "right"), losses, strict=True)}
+        learn(self.sgds[2], self.detector, sum(losses))
+        return terms
+
+    def targets(self, p, flaws):
+        xi, targets = self.config.threshold, [each.clone() for each in p]
+        wrong = torch.zeros(flaws[0].shape, dtype=torch.bool)
+        for b, _, y, x in torch.ones_like(flaws[0]).nonzero().tolist():
+            left, right = (1.0 if flaw > xi else flaw for flaw in (each[b, 0, y, x].item() for each in flaws))
+            if right < left:
+                targets[0][b, :, y, x] = p[1][b, :, y, x]
+            if left < right:
+                targets[1][b, :, y, x] = p[0][b, :, y, x]
+            wrong[b, 0, y, x] = left == 1.0 and right == 1.0
+        self.moved.append(
+            [(target != own).any(1).float().mean().item() for target, own in zip(targets, p, strict=True)]
+        )
+        self.corrected.append(wrong.float().mean().item())
+        return targets, wrong
+
+    def detection(self, image, p, label):
+        c, found = self.config, self.detector(image, p)
+        squares = []
+        for b in range(len(label)):
+            truth = pipeline(p[b], label[b], c.mu, c.nu)
+            squares.append(((found[b, 0] - truth) ** 2)[label[b] != IGNORE])
+        return c.detection * torch.cat(squares).mean() / 2
+
+
+def learn(optimiser, module, loss):
+    parameters = list(module.parameters())
+    for parameter, gradient in zip(parameters, torch.autograd.grad(loss, parameters, retain_graph=True), strict=True):
+        parameter.grad = gradient
+    optimiser.step()
+
+
+def mirrored(plane, reach):
+    """The plane with `reach` more rows and columns on each side, mirrored at the border pixels."""
+    for dim in (0, 1):
+        size = plane.shape[dim]
+        order = [abs(i) if i < size else 2 * (size - 1) - i for i in range(-reach, size + reach)]
+        plane = plane.index_select(dim, torch.tensor(order))
+    return plane
+
+
+def gaussian(plane, part):
+    side = int(min(plane.shape) / part)
+    side += side % 2 == 0
+    sigma, reach = 0.3 * ((side - 1) * 0.5 - 1) + 0.8, side // 2
+    height, width = plane.shape
+    wide, total, weights = mirrored(plane, reach), torch.zeros_like(plane), 0.0
+    for i in range(-reach, reach + 1):
+        for j in range(-reach, reach + 1):
+            weight = math.exp(-(i * i + j * j) / (2 * sigma * sigma))
+            weights += weight
+            total += weight * wide[reach + i : reach + i + height, reach + j : reach + j + width]
+    return total / weights
+
+
+def dilated(plane):
+    height, width = plane.shape
+    wide = mirrored(plane, 1)
+    return torch.stack([wide[i : i + height, j : j + width] for i in range(3) for j in range(3)]).max(0).values
+
+
+def stretched(plane):
+    return (plane - plane.min()) / (plane.max() - plane.min() + 1e-9)
+
+
+def pipeline(p, label, mu, nu):
+    plane = torch.zeros(label.shape)
+    for k in range(len(p)):
+        plane += ((label == k).float() - p[k]).abs()
+    plane[label == IGNORE] = 0
+    plane = gaussian(mu * plane, 8)
+    for _ in range(nu):
+        plane = gaussian(dilated(plane), 4)
+    return stretched(plane)
+
+
+def handle(flaws):
+    maps = []
+    for (plane,) in flaws:
+        plane = gaussian(torch.where(plane < 0, 0.0, plane), 16)
+        maps.append(stretched(plane) if plane.max() > 0.1 else torch.zeros_like(plane))
+    return torch.stack(maps)[:, None]
+
+
+CASES = {
+    "labelled and unlabelled": (SSL, 2, 2, {}),
+    "synthetic pictures too": (ALL, 2, 2, {"source": 0.7, "threshold": 0.5}),
+    "more unlabelled pictures, other weights": (
+        SSL,
+        1,
+        3,
+        {"consistency": 30, "correction": 3, "detection": 2, "ramp_up": 0, "threshold": 0.3},
+    ),
+    "another ground truth": (SSL, 2, 1, {"mu": 0.3, "nu": 2, "batch_share": 0.25}),
+    "two levels": (ALL, 2, 2, {"network": "deeplabv2_multi", "auxiliary": 0.3}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_step_is_the_formula(case):
+    streams, labelled, unlabelled, settings = CASES[case]
+    method = make(streams, **settings)
+    naive, engine = Naive(method), lend_engine(method, STEPS)
+    for step in range(2):
+        seen = batch(step, streams, labelled, unlabelled)
+        assert advance(engine, method, seen, step) == pytest.approx(naive.step(seen, step), rel=1e-4, abs=1e-7)
+    assert all(0.02 < share < 0.98 for shares in naive.moved for share in shares), naive.moved
+    assert all(0.005 < share < 0.9 for share in naive.corrected), naive.corrected
+    for ours, theirs in zip(
+        (method.segmenter, method.right, method.detector), (*naive.nets, naive.detector), strict=True
+    ):
+        found = ours.state_dict()
+        for key, value in theirs.state_dict().items():
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=5e-6, msg=key)
+
+
+# ------------------------------------------------------------------------------------------------- the two networks
+
+
+def test_the_networks_share_the_encoders_start_and_no_head():
+    """The task gives the same network twice, as one checkpoint does."""
+    method = make()
+    left, right = method.segmenter.state_dict(), method.right.state_dict()
+    heads = [key for key in left if key.startswith("decoder.") and left[key].is_floating_point() and left[key].ndim > 1]
+    assert heads
+    assert not any(torch.equal(left[key], right[key]) for key in heads)
+    assert all(torch.equal(left[key], right[key]) for key in left if key.startswith("encoder."))
+    assert not {id(p) for p in method.segmenter.parameters()} & {id(p) for p in method.right.parameters()}
+
+
+def test_the_kept_network_is_a_choice():
+    left, right = make(), make(keep="right")
+    assert left.model() is left.segmenter
+    assert right.model() is right.right
+
+
+def test_each_turn_moves_one_player():
+    method = make(ALL)
+    players = {name: list(getattr(method, name).parameters()) for name in ("segmenter", "right", "detector")}
+    engine = lend_engine(method)
+    seen = turns(engine, players)
+    advance(engine, method, batch(0, ALL))
+    assert [name for name, _ in seen] == ["left", "right", "detector"]
+    for (_, moving), name in zip(seen, players, strict=True):
+        assert [player for player in players if True in moving[player]] == [name]
+
+
+def test_the_batch_may_have_no_label_at_all():
+    method, seen = make(), batch(0)
+    seen.labelled.label.fill_(IGNORE)
+    losses = advance(lend_engine(method), method, seen)
+    assert losses["left labelled"] == losses["detector left"] == 0
+    assert all(math.isfinite(loss) for loss in losses.values())
+
+
+def test_pictures_of_two_sizes_are_named():
+    seen = batch(0)
+    seen = Batch(labelled=block(1, height=40), unlabelled=seen.unlabelled)
+    with pytest.raises(ConfigError, match="40 x 48, unlabelled ones of 25 x 36"):
+        make().step(seen)
+
+
+def test_the_consistency_grows_and_then_stays():
+    method = make(ramp_up=0.3, optimiser=SGD | {"lr": 1e-9}, detector_optimiser=SGD | {"lr": 1e-9})
+    engine, seen = lend_engine(method, STEPS), batch(0)
+    method.eval()  # no dropout: every step has the same loss
+    losses = [advance(engine, method, seen, step)["left consistency"] for step in range(5)]
+    expected = [math.exp(-5 * (1 - t / 3) ** 2) for t in (0, 1, 2, 3, 3)]
+    assert [loss / losses[-1] for loss in losses] == pytest.approx(expected, rel=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------------- flaw maps
+
+
+def opinion(flaws, share):
+    """A network that gives the first class this share everywhere; flaws of a row of pixels, each 40 x 40 wide."""
+    wide = torch.tensor(flaws).repeat_interleave(40)[None, None, None].expand(1, 1, 40, -1)
+    probabilities = torch.empty(1, 2, *wide.shape[2:])
+    probabilities[:, 0], probabilities[:, 1] = share, 1 - share
+    return Opinion((), probabilities, wide)
+
+
+def middles(maps):
+    return maps[0, 0, 20, 20::40].tolist()
+
+
+def test_the_less_flawed_prediction_is_learnt_and_the_own_one_where_both_are_equal():
+    left = opinion([0.0, 0.2, 0.5, 0.9, 0.7, 1.0], 0.8)
+    right = opinion([0.0, 0.5, 0.2, 0.3, 1.0, 0.9], 0.1)
+    target_l, target_r, wrong = exchange(left, right, 0.6)
+    assert middles(target_l) == pytest.approx([0.8, 0.8, 0.1, 0.1, 0.8, 0.8])
+    assert middles(target_r) == pytest.approx([0.1, 0.8, 0.1, 0.1, 0.1, 0.1])
+    assert middles(wrong) == [False, False, False, False, True, True]
+    assert not target_l.requires_grad
+
+
+def test_maps_are_clipped_and_scaled_each_by_itself():
+    maps = torch.cat([opinion([-2.0, 0.2, 0.4], 1).flaws, opinion([1.0, 2.0, 5.0], 1).flaws])
+    assert middles(handled(maps)) == pytest.approx([0, 0.5, 1], abs=1e-6)
+    assert middles(handled(maps)[1:]) == pytest.approx([0, 0.25, 1], abs=1e-6)
+
+
+def test_a_map_without_flaw_is_zero():
+    """The released code leaves a constant below zero, by which one of two flawless networks would win everywhere."""
+    maps = torch.cat([opinion([0.05, 0.08, -3.0], 1).flaws, opinion([0.05, 0.12, 0.08], 1).flaws])
+    assert not handled(maps)[0].any()
+    assert handled(maps)[1].max() == pytest.approx(1)
+
+
+# ----------------------------------------------------------------------------------------------------- ground truth
+
+
+def prediction(label, wrong):
+    """Certain and right, but for the `wrong` pixels, which are certain to be of the next class."""
+    said = torch.where(wrong, (label + 1) % len(CLASSES.classes), label)
+    return torch.nn.functional.one_hot(said, len(CLASSES.classes)).movedim(-1, 1).float()
+
+
+def square(height=64, width=96, at=(10, 60), side=12):
+    wrong = torch.zeros(1, height, width, dtype=torch.bool)
+    wrong[:, at[0] : at[0] + side, at[1] : at[1] + side] = True
+    return wrong
+
+
+def test_the_truth_peaks_where_the_prediction_is_wrong():
+    label = torch.randint(0, 3, (1, 64, 96), generator=torch.Generator().manual_seed(0))
+    truth = ground_truth(prediction(label, square()), label, 0.5, 1)[0, 0]
+    assert (truth.min(), truth.max()) == (0, pytest.approx(1))
+    y, x = divmod(truth.argmax().item(), 96)
+    assert (abs(y - 15.5) < 4, abs(x - 65.5) < 4) == (True, True)
+    assert truth[:, :40].max() == 0
+
+
+def test_repetitions_widen_the_flaws():
+    label = torch.zeros(1, 64, 96, dtype=torch.long)
+    areas = [(ground_truth(prediction(label, square()), label, 0.5, nu) > 0.1).sum().item() for nu in (0, 1, 2)]
+    assert areas[0] < areas[1] < areas[2]
+
+
+def test_pixels_without_a_label_are_no_flaws():
+    """All-zero one-hot vectors would make them half wrong."""
+    label = torch.zeros(1, 64, 96, dtype=torch.long)
+    p = prediction(label, square())
+    label[:, 40:] = IGNORE
+    assert ground_truth(p, label, 0.5, 1)[0, 0, 50:].max() < 1e-3
+
+
+@pytest.mark.parametrize(("part", "side"), [(8, 41), (4, 81), (16, 21)])
+def test_kernels_are_those_of_the_release(part, side):
+    assert kernel_size(321, part) == side
