@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from udas.config import AugmentConfig
 from udas.data.batch import IGNORE
-from udas.data.mixing import box_masks, channel_dropout, inside_picture, partners, sized_boxes
+from udas.data.masks import box_masks, sized_boxes
+from udas.data.mixing import channel_dropout, inside_picture, partners
 from udas.data.sampling import seed_of
 from udas.data.transforms import augment
 from udas.errors import ConfigError

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from udas.data.batch import IGNORE
-from udas.data.mixing import classmix_masks, cutmix_boxes, jitter, paste, strong
+from udas.data.masks import classmix_masks, cutmix_boxes
+from udas.data.mixing import jitter, paste, strong
 from udas.data.sampling import seed_of
 from udas.errors import ConfigError
 

@@ -12,7 +12,8 @@ from torch import nn
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
 from equivalence.stepping import advance, lend_engine
 from udas.data.batch import Batch, Stream
-from udas.data.mixing import box_masks, strong
+from udas.data.masks import box_masks
+from udas.data.mixing import strong
 from udas.errors import ConfigError
 from udas.methods.cutmixseg import CutMixSeg, CutMixSegConfig
 from udas.validation import validate

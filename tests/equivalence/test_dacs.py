@@ -12,7 +12,8 @@ from torch import nn
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
 from equivalence.stepping import advance, lend_engine
 from udas.data.batch import IGNORE, Batch, Stream
-from udas.data.mixing import classmix_masks, strong
+from udas.data.masks import classmix_masks
+from udas.data.mixing import strong
 from udas.methods.dacs import DACS, DACSConfig
 from udas.validation import validate
 

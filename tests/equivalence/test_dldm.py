@@ -12,7 +12,7 @@ from torch import nn
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
 from equivalence.stepping import advance, lend_engine
 from udas.data.batch import IGNORE, Batch, Stream
-from udas.data.mixing import cutmix_boxes
+from udas.data.masks import cutmix_boxes
 from udas.errors import ConfigError
 from udas.methods.dldm import DLDM, DLDMConfig
 from udas.methods.region_mix import RegionMix, RegionMixConfig, region_mix

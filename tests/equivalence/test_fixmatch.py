@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
 from equivalence.stepping import advance, lend_engine
 from udas.data.batch import IGNORE, Batch, Stream
-from udas.data.mixing import channel_dropout, sized_boxes, strong
+from udas.data.masks import sized_boxes
+from udas.data.mixing import channel_dropout, strong
 from udas.data.sampling import seed_of
 from udas.errors import ConfigError
 from udas.methods.fixmatch import Believed, FixMatch, FixMatchConfig, believe, pseudo_loss, strong_view

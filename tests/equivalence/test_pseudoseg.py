@@ -12,9 +12,10 @@ from torch import nn
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
 from equivalence.stepping import advance, lend_engine
 from udas.data.batch import IGNORE, Batch, Stream
+from udas.data.masks import cutout_masks
 from udas.data.mixing import inside_picture, jitter
 from udas.errors import ConfigError
-from udas.methods.pseudoseg import PseudoSeg, PseudoSegConfig, classes_in, cutout_masks, fuse
+from udas.methods.pseudoseg import PseudoSeg, PseudoSegConfig, classes_in, fuse
 from udas.networks.self_attention import SelfAttentionGradCAM
 from udas.validation import validate
 

@@ -11,7 +11,8 @@ from torch import nn
 from equivalence.small import block, naive_cross_entropy, task
 from equivalence.stepping import advance, lend_engine, turns
 from udas.data.batch import IGNORE, Batch, Stream
-from udas.data.mixing import cutmix_boxes, jitter
+from udas.data.masks import cutmix_boxes
+from udas.data.mixing import jitter
 from udas.errors import ConfigError
 from udas.methods.udas import FAKE, REAL, UDAS, UDASConfig, domain_cutmix, evidence
 from udas.validation import validate

@@ -19,129 +19,11 @@ from kornia.enhance import (
 from kornia.filters import gaussian_blur2d
 from torch import Tensor
 
-from udas.data.sampling import seed_of
+from udas.data.sampling import uniform, uniform_rows
 from udas.errors import ConfigError
-from udas.taxonomy import IGNORE
 
 BLUR_SIGMA = (0.1, 2.0)  # pixels; UniMatch and SimCLR
 BLUR_KERNEL = 13  # reaches three of the largest sigma to each side
-ASPECT = 0.3  # narrowest box, and its inverse the tallest; UniMatch
-
-
-def cutmix_boxes(seeds: Sequence[int], height: int, width: int, device: torch.device | None = None) -> Tensor:
-    """One random CutMix box per picture (Yun et al., ICCV 2019, equation 2).
-
-    Sides r_h = H sqrt(1 - lambda), r_w = W sqrt(1 - lambda) with lambda ~ U(0, 1); the centre is uniform over the
-    picture and what sticks out is lost, so that the mean area is 0.32 rather than 0.5 of the picture.
-
-    Args:
-        seeds: one seed per picture.
-        height: H in pixels.
-        width: W in pixels.
-        device: where the boxes are wanted; the CPU when None.
-
-    Returns:
-        [B, 1, H, W] bool, True inside the box.
-    """
-    ratio, row, column = _uniform(seeds, "cutmix", 3, device)
-    share = torch.sqrt(1 - ratio)
-    rows, columns = _inside(row, share, height), _inside(column, share, width)
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
-
-
-def box_masks(
-    seeds: Sequence[int],
-    height: int,
-    width: int,
-    share: float | tuple[float, float] = 0.5,
-    device: torch.device | None = None,
-) -> Tensor:
-    """One box inside each picture that covers a given share of it, of random shape (French et al., BMVC 2020).
-
-    Height s^u of the picture's and width s^(1 - u), u ~ U(0, 1); its place is uniform over all that fit.
-
-    Args:
-        seeds: one seed per picture.
-        height: H in pixels.
-        width: W in pixels.
-        share: s, the box's share of the picture's area, or a range to draw it from.
-        device: where the boxes are wanted; the CPU when None.
-
-    Returns:
-        [B, 1, H, W] bool, True inside the box.
-    """
-    area, shape, row, column = _uniform(seeds, "box", 4, device)
-    low, high = share if isinstance(share, tuple) else (share, share)
-    area = (low + (high - low) * area).clamp(min=1e-6)
-    return _boxes(area**shape, area ** (1 - shape), row, column, height, width)
-
-
-def sized_boxes(
-    seeds: Sequence[int],
-    height: int,
-    width: int,
-    share: tuple[float, float] = (0.02, 0.4),
-    probability: float = 1.0,
-    device: torch.device | None = None,
-) -> Tensor:
-    """One box inside each picture with a share and an aspect drawn from ranges (UniMatch, Yang et al., CVPR 2023).
-
-    Height sqrt(s r) of the picture's and width sqrt(s / r): s ~ U(share); r is uniform in [0.3, 1 / 0.3] as far as the
-    box fits; its place is uniform over all that fit.
-
-    Args:
-        seeds: one seed per picture.
-        height: H in pixels.
-        width: W in pixels.
-        share: smallest and largest s, the box's share of the picture's area.
-        probability: of a box; other pictures get none.
-        device: where the boxes are wanted; the CPU when None.
-
-    Returns:
-        [B, 1, H, W] bool, True inside the box.
-    """
-    chance, area, aspect, row, column = _uniform(seeds, "sized box", 5, device)
-    area = share[0] + (share[1] - share[0]) * area
-    low, high = area.clamp(min=ASPECT), (1 / area).clamp(max=1 / ASPECT)
-    aspect = low + (high - low) * aspect
-    boxes = _boxes((area * aspect).sqrt(), (area / aspect).sqrt(), row, column, height, width)
-    return boxes & (chance < probability)[:, None, None, None]
-
-
-def _boxes(tall: Tensor, wide: Tensor, row: Tensor, column: Tensor, height: int, width: int) -> Tensor:
-    """[B] relative sides and places, 0 = at the top or left border, 1 = at the other -> [B, 1, H, W] bool."""
-    rows = _inside(tall / 2 + row * (1 - tall), tall, height)
-    columns = _inside(wide / 2 + column * (1 - wide), wide, width)
-    return (rows[:, :, None] & columns[:, None, :])[:, None]
-
-
-def _inside(centre: Tensor, share: Tensor, length: int) -> Tensor:
-    """[B] centres and sides, relative to the axis -> [B, length] bool: pixels whose centre the box covers."""
-    pixels = torch.arange(length, device=centre.device) + 0.5
-    return (pixels - centre[:, None] * length).abs() < share[:, None] * length / 2
-
-
-def classmix_masks(labels: Tensor, seeds: Sequence[int], void: bool = False) -> Tensor:
-    """The pixels of a random half of the classes of each picture (ClassMix; Olsson et al., WACV 2021, section 3.1).
-
-    Of the n classes that are present in *this* picture, ceil(n / 2) are drawn, all subsets of that size alike.
-
-    Args:
-        labels: [B, H, W] int64 class ids or IGNORE.
-        seeds: one seed per picture.
-        void: IGNORE counts as one of the classes, so that unlabelled pixels can be part of the mask too.
-
-    Returns:
-        [B, 1, H, W] bool, True where the class of the pixel was drawn.
-    """
-    flat = labels.flatten(1)
-    present = torch.zeros(len(labels), IGNORE + 1, dtype=torch.bool, device=labels.device).scatter_(1, flat, True)
-    if not void:
-        present[:, IGNORE] = False
-    draws = _draws(seeds, "classmix", IGNORE + 1, labels.device)
-    rank = draws.masked_fill(~present, torch.inf).argsort(1).argsort(1)
-    drawn = present & (2 * rank < present.sum(1, keepdim=True))
-    return drawn.gather(1, flat).view_as(labels)[:, None]
 
 
 def partners(names: Sequence[str], device: torch.device | None = None) -> Tensor:
@@ -223,7 +105,7 @@ def jitter(
     Returns:
         [B, 3, H, W] in [0, 1].
     """
-    bright, contra, satur, turn = _uniform(seeds, "jitter", 4, image.device)
+    bright, contra, satur, turn = uniform(seeds, "jitter", 4, image.device)
     if brightness:
         image = adjust_brightness_accumulative(image, _factor(brightness, bright))
     if contrast:
@@ -266,7 +148,7 @@ def strong(
     Returns:
         [B, 3, H, W] in [0, 1].
     """
-    if_jittered, if_grey, if_blurred, width = _uniform(seeds, "strong", 4, image.device)
+    if_jittered, if_grey, if_blurred, width = uniform(seeds, "strong", 4, image.device)
     image = _where(if_jittered < jittered, jitter(image, seeds, brightness, contrast, saturation, hue), image)
     image = _where(if_grey < grey, rgb_to_grayscale(image).expand_as(image), image)
     return _where(if_blurred < blurred, _blur(image, sigma[0] + (sigma[1] - sigma[0]) * width), image)
@@ -301,17 +183,5 @@ def channel_dropout(features: Tensor, seeds: Sequence[int], rate: float, purpose
     Returns:
         [B, D, h, w].
     """
-    kept = _draws(seeds, f"channels {purpose}", features.shape[1], features.device) >= rate
+    kept = uniform_rows(seeds, f"channels {purpose}", features.shape[1], features.device) >= rate
     return features * (kept.to(features.dtype) / (1 - rate))[:, :, None, None]
-
-
-def _uniform(seeds: Sequence[int], purpose: str, count: int, device: torch.device | None) -> tuple[Tensor, ...]:
-    """`count` values ~ U(0, 1) per picture, as `count` tensors [B]; different purposes are independent."""
-    return _draws(seeds, purpose, count, device).unbind(1)
-
-
-def _draws(seeds: Sequence[int], purpose: str, count: int, device: torch.device | None) -> Tensor:
-    """[B, count] values ~ U(0, 1)."""
-    generators = [torch.Generator().manual_seed(seed_of(seed, purpose)) for seed in seeds]
-    draws = torch.stack([torch.rand(count, generator=generator) for generator in generators])
-    return draws.to(device or torch.device("cpu"), non_blocking=True)

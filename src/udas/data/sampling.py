@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from udas.data.batch import Stream
@@ -19,6 +20,18 @@ def seed_of(*parts: int | str) -> int:
     """A 63-bit seed from `parts`, the same on every machine: blake2b over their types, lengths and texts."""
     coded = "".join(f"{'s' if isinstance(part, str) else 'i'}{len(str(part))}:{part!s}" for part in parts)
     return int.from_bytes(hashlib.blake2b(coded.encode(), digest_size=8).digest(), "big") >> 1
+
+
+def uniform(seeds: Sequence[int], purpose: str, count: int, device: torch.device | None = None) -> tuple[Tensor, ...]:
+    """`count` values ~ U(0, 1) per picture, as `count` tensors [B]; different purposes are independent."""
+    return uniform_rows(seeds, purpose, count, device).unbind(1)
+
+
+def uniform_rows(seeds: Sequence[int], purpose: str, count: int, device: torch.device | None = None) -> Tensor:
+    """The same values as one tensor, [B, count]; on the CPU when `device` is None."""
+    generators = [torch.Generator().manual_seed(seed_of(seed, purpose)) for seed in seeds]
+    draws = torch.stack([torch.rand(count, generator=generator) for generator in generators])
+    return draws.to(device or torch.device("cpu"), non_blocking=True)
 
 
 class StreamSampler(Sampler[list[Key]]):

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from udas.config import MethodConfig, OptimiserConfig, Share
 from udas.data.batch import Batch, Block, Stream
-from udas.data.mixing import box_masks, inside_picture, partners, paste, strong
+from udas.data.masks import box_masks
+from udas.data.mixing import inside_picture, partners, paste, strong
 from udas.methods.base import Average, Optimised, SegmentationMethod, Task
 from udas.methods.domains import supervise
 from udas.networks.segmenters import Segmenter

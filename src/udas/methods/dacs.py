@@ -10,7 +10,8 @@ from torch import Tensor
 
 from udas.config import MethodConfig, OptimiserConfig, Share
 from udas.data.batch import Batch, Block, Stream
-from udas.data.mixing import classmix_masks, paste, strong
+from udas.data.masks import classmix_masks
+from udas.data.mixing import paste, strong
 from udas.losses import outputs_cross_entropy
 from udas.methods.base import Average, Optimised, SegmentationMethod, Task
 from udas.networks.segmenters import Segmenter

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from udas.config import MethodConfig, OptimiserConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
-from udas.data.mixing import inside_picture, partners, paste, sized_boxes, strong
+from udas.data.masks import sized_boxes
+from udas.data.mixing import inside_picture, partners, paste, strong
 from udas.losses import outputs_cross_entropy
 from udas.methods.base import Minimise, Optimised, SegmentationMethod
 from udas.methods.domains import supervise

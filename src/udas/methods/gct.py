@@ -128,7 +128,8 @@ class GCT(SegmentationMethod[GCTConfig]):
         assert labelled.label is not None
         c, count, probabilities = self.config, len(labelled.image), said.probabilities.detach()
         truth = ground_truth(probabilities[:count], labelled.label, c.mu, c.nu)
-        error = (self.detector(image, probabilities)[:count] - truth).square().squeeze(1)
+        flaws: Tensor = self.detector(image, probabilities)[:count]
+        error = (flaws - truth).square().squeeze(1)
         known = labelled.label != IGNORE
         return (error * known).sum() / known.sum().clamp(min=1)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from udas.data.mixing import _uniform
+from udas.data.sampling import uniform, uniform_rows
 from udas.losses import kl_divergence
 
 
@@ -21,7 +21,7 @@ def drop_active(z: Tensor, seeds: Sequence[int], low: float, high: float) -> Ten
 
     The places that respond most are lost, the others stay.
     """
-    (draw,) = _uniform(seeds, "most active features", 1, z.device)
+    (draw,) = uniform(seeds, "most active features", 1, z.device)
     share = (low + (high - low) * draw).view(-1, 1, 1, 1)
     attention = z.mean(1, keepdim=True)
     threshold = attention.amax((2, 3), keepdim=True) * share
@@ -54,7 +54,7 @@ def cut_objects(z: Tensor, boxes: Tensor, seeds: Sequence[int], erase: float) ->
         erase: share of height and width, 0 to 1. A cell is lost when its centre lies in a window.
     """
     count = boxes.shape[1]
-    places = torch.stack(_uniform(seeds, "cutout", 2 * count, z.device), 1)
+    places = uniform_rows(seeds, "cutout", 2 * count, z.device)
     top, left, bottom, right = boxes.unbind(2)
     rows = _windows(top, bottom - top, places[:, :count], erase, z.shape[2])
     columns = _windows(left, right - left, places[:, count:], erase, z.shape[3])

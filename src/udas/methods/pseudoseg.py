@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -12,7 +11,8 @@ from torch import Tensor
 
 from udas.config import MethodConfig, OptimiserConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
-from udas.data.mixing import _inside, _uniform, inside_picture, jitter
+from udas.data.masks import cutout_masks
+from udas.data.mixing import inside_picture, jitter
 from udas.errors import ConfigError
 from udas.losses import cross_entropy, outputs_cross_entropy
 from udas.methods.base import Optimised, SegmentationMethod, Task, trainable
@@ -49,7 +49,7 @@ class PseudoSeg(SegmentationMethod[PseudoSegConfig]):
         y   = f(x_u),   m = SGC(x_u) with the classes of sigmoid(s) >= present
         p   = gamma softmax(y / r) + (1 - gamma) softmax(m / r),   r^2 = mean of all y^2 and m^2
         q   = p^(1/T) / sum_c p_c^(1/T)
-        L_u = mean of -sum_c q_c log softmax f(A x_u)_c,   A: jittered colours, a hidden square
+        L_u = mean of -sum_c q_c log softmax f(strong(x_u))_c,   strong: jittered colours, a hidden square
         L   = CE(f(x_l), y_l) + BCE(s(x_l), z_l) + CE(m(x_l), y_l) + consistency L_u   (+ source CE(f(x_s), y_s))
 
     m(x_l) uses z_l. L_u counts neither pixels of the square nor the loader's padding; no gradient reaches q, and SGC
@@ -160,27 +160,6 @@ def classes_in(label: Tensor, classes: int) -> Tensor:
     """[B, classes] float, 1 for the classes that are in each label [B, H, W]; IGNORE is none."""
     found = torch.zeros(len(label), IGNORE + 1, device=label.device)
     return found.scatter_(1, label.flatten(1), 1.0)[:, :classes]
-
-
-def cutout_masks(
-    seeds: Sequence[int], height: int, width: int, share: float, device: torch.device | None = None
-) -> Tensor:
-    """CutOut (DeVries and Taylor, 2017): a square around a uniform pixel, without what sticks out of the picture.
-
-    Args:
-        seeds: one seed per picture.
-        height: H in pixels.
-        width: W in pixels.
-        share: side of the square as a share of the shorter side.
-        device: where the masks are wanted; the CPU when None.
-
-    Returns:
-        [B, H, W] bool, True inside the square.
-    """
-    row, column = _uniform(seeds, "cutout", 2, device)
-    side = torch.full_like(row, share * min(height, width))
-    rows, columns = _inside(row, side / height, height), _inside(column, side / width, width)
-    return rows[:, :, None] & columns[:, None, :]
 
 
 def _background(config: PseudoSegConfig, task: Task) -> int | None:

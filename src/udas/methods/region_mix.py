@@ -10,7 +10,8 @@ from pydantic import Field
 
 from udas.config import MethodConfig, OptimiserConfig
 from udas.data.batch import Batch, Block, Stream
-from udas.data.mixing import cutmix_boxes, paste
+from udas.data.masks import cutmix_boxes
+from udas.data.mixing import paste
 from udas.methods.base import Optimised, SegmentationMethod
 from udas.methods.domains import supervise
 

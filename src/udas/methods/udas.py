@@ -12,7 +12,8 @@ from torch import Tensor
 
 from udas.config import MethodConfig, OptimiserConfig, Share
 from udas.data.batch import Batch, Block, Stream
-from udas.data.mixing import cutmix_boxes, jitter, paste
+from udas.data.masks import cutmix_boxes
+from udas.data.mixing import jitter, paste
 from udas.errors import ConfigError
 from udas.losses import outputs_cross_entropy
 from udas.methods.adversary import FAKE, REAL, Critic, CriticOptimiser, Gan, OutputAdversary, detached

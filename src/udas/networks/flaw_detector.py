@@ -21,14 +21,13 @@ class IBNorm(nn.Module):
     def __init__(self, channels: int, batch_share: float = 0.5) -> None:
         super().__init__()
         first = round(batch_share * channels)
-        self.widths = first, channels - first
+        self.first = first
         self.batch = nn.BatchNorm2d(first) if first else nn.Identity()
         self.instance = nn.InstanceNorm2d(channels - first)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, channels, h, w] -> the same shape; more than one value per channel and picture."""
-        first, others = x.split(self.widths, dim=1)
-        return torch.cat([self.batch(first), self.instance(others)], dim=1)
+        return torch.cat([self.batch(x[:, : self.first]), self.instance(x[:, self.first :])], dim=1)
 
 
 class FlawDetector(nn.Module):
