@@ -148,14 +148,18 @@ def strong(
     Returns:
         [B, 3, H, W] in [0, 1].
     """
-    if_jittered, if_grey, if_blurred, width = uniform(seeds, "strong", 4, image.device)
+    *chances, width = uniform(seeds, "strong", 4)
+    if_jittered, if_grey, if_blurred = (chance.to(image.device, non_blocking=True) for chance in chances)
     image = _where(if_jittered < jittered, jitter(image, seeds, brightness, contrast, saturation, hue), image)
     image = _where(if_grey < grey, rgb_to_grayscale(image).expand_as(image), image)
     return _where(if_blurred < blurred, _blur(image, sigma[0] + (sigma[1] - sigma[0]) * width), image)
 
 
 def _blur(image: Tensor, width: Tensor) -> Tensor:
-    """Gaussian blur with one sigma per picture, in full precision whatever the method's autocast says."""
+    """Gaussian blur with one sigma per picture, in full precision whatever the method's autocast says.
+
+    The sigmas are on the CPU: kornia looks at them, which on a device would wait for it.
+    """
     sigma = width[:, None].expand(-1, 2)
     with torch.autocast(image.device.type, enabled=False):
         blurred: Tensor = gaussian_blur2d(image, (BLUR_KERNEL, BLUR_KERNEL), sigma, border_type="replicate")
