@@ -44,6 +44,7 @@ from udas.training.runtime import Runtime
 
 UNIT = "supervised"  # on synthetic pictures alone: one pass; every other method on all streams it takes
 PRECISIONS = ("fp32", "bf16")
+NEEDED = {"cct": {"foreground": ["person", "vehicle"]}}  # settings without a default
 NETWORKS = (TimmUniversalEncoder, ResnetGenerator)
 STEPS = 1000  # the length of the schedules; none is trained to its end
 DEMO = ["training.batch=4", "training.augment.crop=[128, 128]"]
@@ -68,7 +69,7 @@ class Case:
             teacher=lambda: self._network(taxonomy),
             prototypes=prototypes,
         )
-        self.method = self.runtime.place(method(method.settings(name=name), task)).train()
+        self.method = self.runtime.place(method(method.settings.model_validate({"name": name} | NEEDED.get(name, {})), task)).train()
         self.engine = TrainingEngine(self.method, self.runtime, STEPS)
         blocks = {stream.value: self._block(stream, len(taxonomy.classes)) for stream in sorted(streams)}
         self.batch = Batch(**blocks).to(self.runtime.device, self.runtime.memory_format)

@@ -192,6 +192,12 @@ def unknown_class_in_a_later_stage(world: Path, patch: pytest.MonkeyPatch) -> li
 
 
 @case
+def too_few_pictures_to_mix(world: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    second = {"method": {"name": "fixmatch"}, "training": {"batch": {"labelled": 2, "unlabelled": 1}}}
+    return run_with(world, TEACHER | {"second": second})
+
+
+@case
 def unknown_class_in_a_map(world: Path, patch: pytest.MonkeyPatch) -> list[str]:
     return run_with(world, game={"map": {"road": 7, "sky": 1, "vehicel": 9}})
 

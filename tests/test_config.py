@@ -187,7 +187,7 @@ def test_every_data_set_loads_and_leads_to_its_label_space(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_describes_itself_and_its_settings(name: str) -> None:
     method = load_method(name)
-    assert method.settings().name == name
+    assert method.settings.model_fields["name"].default == name
     assert method.__doc__
     bare = [key for key, field in method.settings.model_fields.items() if not (field.description or _block(field))]
     assert bare == ["name"]

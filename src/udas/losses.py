@@ -33,7 +33,7 @@ def cross_entropy(
     counted = _counted(loss.detach(), label, hard_share)
     if pixel_weight is not None:
         loss = loss * pixel_weight
-    return (loss * counted).sum() / counted.sum().clamp(min=1)
+    return masked_mean(loss, counted)
 
 
 def outputs_cross_entropy(
@@ -61,6 +61,11 @@ def _hardest(loss: Tensor, valid: Tensor, share: float) -> Tensor:
     count = valid.sum()
     index = ((1 - share) * count).long().clamp(max=ranked.numel() - 1)
     return ranked.gather(0, index.view(1))
+
+
+def masked_mean(values: Tensor, counted: Tensor) -> Tensor:
+    """Mean of `values` over the pixels where `counted` is True, both [B, H, W]; 0 where none is."""
+    return (values * counted).sum() / counted.sum().clamp(min=1)
 
 
 def squared_distance(output: Tensor, target: float) -> Tensor:
@@ -92,11 +97,12 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def robust_entropy(logits: Tensor, eta: float = 2.0) -> Tensor:
-    """Mean of rho(e) = (e^2 + 1e-8)^eta over pixels, e = `entropy`(logits) (FDA, Yang and Soatto, CVPR 2020, Eq. 4).
+    """rho(e) = (e^2 + 1e-8)^eta, e = `entropy`(logits), [B, H, W] (FDA, Yang and Soatto, CVPR 2020, Eq. 4).
 
     With eta > 1/2 the gradient of rho vanishes where the network is sure: uncertain pixels count most.
     """
-    return (entropy(logits).square() + 1e-8).pow(eta).mean()
+    robust: Tensor = (entropy(logits).square() + 1e-8).pow(eta)
+    return robust
 
 
 def balanced_cross_entropy(logits: Tensor, label: Tensor, class_weight: Tensor, hard_share: float = 1.0) -> Tensor:
@@ -134,7 +140,7 @@ def rectified_cross_entropy(logits: Tensor, other: Tensor, label: Tensor, class_
     loss = F.cross_entropy(logits, label, weight=class_weight, ignore_index=IGNORE, reduction="none")
     variance = kl_divergence(other, logits)
     valid = label != IGNORE
-    return (((-variance).exp() * loss + variance) * valid).sum() / valid.sum().clamp(min=1)
+    return masked_mean((-variance).exp() * loss + variance, valid)
 
 
 def symmetric_cross_entropy(logits: Tensor, target: Tensor, valid: Tensor, alpha: float, beta: float) -> Tensor:
@@ -152,7 +158,7 @@ def symmetric_cross_entropy(logits: Tensor, target: Tensor, valid: Tensor, alpha
     """
     forward = F.cross_entropy(logits, target, reduction="none")
     reverse = -(logits.softmax(1).clamp(min=1e-7) * target.clamp(min=1e-4).log()).sum(1)
-    return ((alpha * forward + beta * reverse) * valid).sum() / valid.sum().clamp(min=1)
+    return masked_mean(alpha * forward + beta * reverse, valid)
 
 
 def distillation(student: Tensor, teacher: Tensor, valid: Tensor | None = None) -> Tensor:

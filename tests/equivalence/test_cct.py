@@ -32,11 +32,13 @@ def make(streams=SSL, network="deeplabv3plus", norm="train", **settings):
 
 
 def batch(step, streams=SSL):
-    return Batch(
+    seen = Batch(
         source=block(10 * step, 3) if Stream.SOURCE in streams else None,
         labelled=block(10 * step + 1, 2),
         unlabelled=block(10 * step + 2, 2, labelled=False),
     )
+    seen.unlabelled.image[0, :, :, :10] = 0  # this picture was too small for its crop
+    return seen
 
 
 class Naive:
@@ -91,7 +93,8 @@ class Naive:
                     seen[b] = z[b] + self.c.adversarial * step
             scores = torch.nn.functional.interpolate(head(torch.stack(seen)), target.shape[2:], mode="bilinear")
             difference = scores.exp() / scores.exp().sum(1, keepdim=True) - target
-            total = total + (difference**2).sum() / difference.numel()
+            whole, narrow = difference[1:], difference[:1, :, :, 10:]
+            total = total + ((whole**2).sum() + (narrow**2).sum()) / (whole.numel() + narrow.numel())
         return total / len(self.heads)
 
     def find(self, target, z):
@@ -199,6 +202,24 @@ def test_what_agrees_costs_nothing_and_the_target_has_no_gradient():
     assert all(p.grad is None for p in other.segmenter.decoder_parameters())
     assert all(p.grad is not None for p in other.heads.parameters())
     assert any(p.grad is not None for p in other.segmenter.encoder_parameters())
+
+
+def test_what_is_said_beyond_a_picture_changes_nothing():
+    """The picture was too small for its crop and has a black border; what decoders say there counts nowhere."""
+    method, image = make(decoders=NONE | {"feature_drop": 1}), torch.rand(2, 3, 64, 64)
+    image[0, :, :, :16], image[1, :, 50:] = 0, 0
+    outputs, said = method.segmenter.outputs(image), torch.randn(2, 3, 64, 64)
+    other = said.clone()
+    other[0, 0, :, :16] += 5
+    other[1, 1, 50:] -= 5
+    method.segmenter.outputs = lambda _: outputs
+    losses = []
+    for logits in (said, other):
+        method.heads[0].forward = lambda _, logits=logits: logits
+        losses.append(float(method._consistency(image, [0, 1])))
+    squares = (said.softmax(1) - outputs.levels[0].softmax(1)).square().mean(1)
+    counted = torch.cat((squares[0, :, 16:].flatten(), squares[1, :50].flatten()))
+    assert losses == pytest.approx([float(counted.mean())] * 2)
 
 
 def test_the_weight_grows_within_its_share_of_the_training():

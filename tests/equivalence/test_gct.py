@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
 from equivalence.stepping import advance, lend_engine, turns
 from udas.data.batch import IGNORE, Batch, Stream
+from udas.data.mixing import inside_picture
 from udas.errors import ConfigError
 from udas.methods.gct import GCT, GCTConfig, Opinion, exchange, ground_truth, handled, kernel_size
 from udas.networks.segmenters import Segmenter
@@ -35,11 +36,15 @@ def make(streams=SSL, network="fcn", **settings):
 
 
 def batch(step, streams=SSL, labelled=2, unlabelled=2):
-    return Batch(
+    seen = Batch(
         source=block(10 * step, 2, **SIZE) if Stream.SOURCE in streams else None,
         labelled=block(10 * step + 1, labelled, **SIZE),
         unlabelled=block(10 * step + 2, unlabelled, labelled=False, **SIZE),
     )
+    seen.labelled.image[0, :, 21:] = 0  # these two pictures were too small for their crops
+    seen.labelled.label[0, 21:] = IGNORE
+    seen.unlabelled.image[0, :, :, :6] = 0
+    return seen
 
 
 @pytest.fixture
@@ -73,13 +78,18 @@ class Naive:
         p = [output[0].exp() / output[0].exp().sum(1, keepdim=True) for output in outputs]
         flaws = [self.detector(image, each) for each in p]
         targets, wrong = self.targets([each.detach() for each in p], [handle(each.detach()) for each in flaws])
+        inside = torch.ones(len(image), *image.shape[2:], dtype=torch.bool)
+        inside[0, 21:], inside[count, :, :6] = False, False
         ramp = math.exp(-5 * (1 - min(1, t / max(1, round(c.ramp_up * STEPS)))) ** 2) if c.ramp_up else 1
         for k, side in enumerate(("left", "right")):
             labels = [naive_cross_entropy(level[:count], batch.labelled.label) for level in outputs[k]]
             mine = {
                 "labelled": labels[0] + c.auxiliary * sum(labels[1:]),
-                "consistency": ramp * c.consistency * ((p[k] - targets[k]) ** 2).sum() / p[k].numel(),
-                "correction": c.correction * (flaws[k][wrong] ** 2).sum() / wrong.numel(),
+                "consistency": ramp * c.consistency * sum(
+                    ((p[k] - targets[k])[:, j][inside] ** 2).mean() for j in range(len(CLASSES.classes))
+                )
+                / len(CLASSES.classes),
+                "correction": c.correction * (flaws[k][wrong & inside[:, None]] ** 2).sum() / inside.sum(),
             }
             if batch.source:
                 losses = [
@@ -113,9 +123,8 @@ class Naive:
         c, found = self.config, self.detector(image, p)
         squares = []
         for b in range(len(label)):
-            truth = pipeline(p[b], label[b], c.mu, c.nu)
-            squares.append(((found[b, 0] - truth) ** 2)[label[b] != IGNORE])
-        return c.detection * torch.cat(squares).mean() / 2
+            squares.append((found[b, 0] - pipeline(p[b], label[b], c.mu, c.nu)) ** 2)
+        return c.detection * sum(square.sum() for square in squares) / (2 * label.numel())
 
 
 def learn(optimiser, module, loss):
@@ -244,7 +253,7 @@ def test_the_batch_may_have_no_label_at_all():
     method, seen = make(), batch(0)
     seen.labelled.label.fill_(IGNORE)
     losses = advance(lend_engine(method), method, seen)
-    assert losses["left labelled"] == losses["detector left"] == 0
+    assert losses["left labelled"] == 0
     assert all(math.isfinite(loss) for loss in losses.values())
 
 
@@ -338,6 +347,37 @@ def test_pixels_without_a_label_are_no_flaws():
     p = prediction(label, square())
     label[:, 40:] = IGNORE
     assert ground_truth(p, label, 0.5, 1)[0, 0, 50:].max() < 1e-3
+
+
+def test_without_a_label_the_detector_learns_to_find_no_flaw():
+    """What it says there is believed when predictions are compared, so it must not be left to chance."""
+    method, seen = make(), batch(0)
+    seen.labelled.label[:, :, 5:] = IGNORE
+    image = torch.cat((seen.labelled.image, seen.unlabelled.image))
+    said = Opinion((), torch.rand(4, 3, 25, 36).softmax(1), torch.zeros(4, 1, 25, 36))
+    flaws = torch.full((4, 1, 25, 36), 0.5, requires_grad=True)
+    method.detector.forward = lambda *_: flaws
+    method._detection(image, said, seen.labelled).backward()
+    assert flaws.grad[:2, ..., 30:].flatten().tolist() == pytest.approx([2 * 0.5 / (2 * 25 * 36)] * (2 * 25 * 6))
+    assert not flaws.grad[2:].any()
+
+
+def test_what_is_said_beyond_a_picture_changes_nothing():
+    """The picture was too small for its crop and has a black border; predictions and flaws there count nowhere."""
+    method, seen = make(ramp_up=0), batch(0)
+    inside = torch.ones(4, 25, 36, dtype=torch.bool)
+    inside[0, 21:], inside[2, :, :6] = False, False
+    assert torch.equal(inside_picture(torch.cat((seen.labelled.image, seen.unlabelled.image))), inside)
+    p, target, flaws, elsewhere = (torch.rand(4, k, 25, 36) for k in (3, 3, 1, 4))
+    wrong = flaws > 0.3
+    logits = (torch.zeros(4, 3, 25, 36),)
+    other = torch.where(inside[:, None], torch.cat((p, flaws), 1), elsewhere)
+    found = [
+        method._terms(Opinion(logits, *each), seen.labelled, target, wrong, inside)
+        for each in ((p, flaws), other.split((3, 1), dim=1))
+    ]
+    assert found[0] == pytest.approx(found[1])
+    assert found[0]["correction"] == pytest.approx(float((flaws[wrong & inside[:, None]] ** 2).sum() / inside.sum()))
 
 
 @pytest.mark.parametrize(("part", "side"), [(8, 41), (4, 81), (16, 21)])

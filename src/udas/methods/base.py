@@ -127,6 +127,13 @@ class Method(nn.Module, ABC, Generic[C]):
     def save_model(self, path: Path) -> None:
         """Write `model()` with all that is needed to use it again."""
 
+    def smallest_batch(self) -> Mapping[Stream, int]:
+        """Pictures per step that every process needs of a stream, where one is too few.
+
+        What mixes the pictures of a batch with each other needs two. A run asks before it starts.
+        """
+        return {}
+
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures worth looking at while training: title -> [B, 3, H, W] in [0, 1]."""
         return {}

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from udas.config import Config, MethodConfig, OptimiserConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
-from udas.data.mixing import channel_dropout
+from udas.data.mixing import channel_dropout, inside_picture
 from udas.data.sampling import seed_of
 from udas.errors import ConfigError
-from udas.losses import outputs_cross_entropy
+from udas.losses import masked_mean, outputs_cross_entropy
 from udas.methods import perturbations, ramps
 from udas.methods.base import Optimised, SegmentationMethod, Task, trainable
 from udas.methods.domains import supervise
@@ -96,7 +96,7 @@ class CCT(SegmentationMethod[CCTConfig]):
     f = g h: the network, h to its representation and g its classifier; g_k: auxiliary decoders; P_k: perturbations.
 
         L_s = CE(f(x_l), y_l)
-        L_u = 1/K sum_k mean over pixels and classes of (softmax g_k(P_k(z)) - p)^2,   z = h(x_u)
+        L_u = 1/K sum_k mean over pixels inside the pictures and classes of (softmax g_k(P_k(z)) - p)^2,   z = h(x_u)
         p   = softmax g(z), without gradient
         omega(t) = consistency exp(-5 (1 - min(t / T, 1))^2),   T = ramp * steps
 
@@ -159,13 +159,13 @@ class CCT(SegmentationMethod[CCTConfig]):
         """L_u."""
         (logits, *_), z = self.segmenter.outputs(image)
         target = logits.detach().softmax(1)
-        guide = self._guide(target, z)
+        guide, inside = self._guide(target, z), inside_picture(image)
         losses = []
         for number, (kind, head) in enumerate(zip(self.kinds, self.heads, strict=True)):
             own = [seed_of(seed, "decoder", number) for seed in seeds]
             seen = head(self._perturb(kind, z, guide, head, own)).float()
             seen = seen if seen.shape == target.shape else resize(seen, like=target)
-            losses.append(F.mse_loss(seen.softmax(1), target))
+            losses.append(masked_mean((seen.softmax(1) - target).square().mean(1), inside))
         return torch.stack(losses).mean()
 
     def _guide(self, target: Tensor, z: Tensor) -> Guide:

@@ -99,6 +99,10 @@ class CutMixSeg(SegmentationMethod[CutMixSegConfig]):
         """What `keep` says; the published scores are the teacher's."""
         return self.teacher.module if self.config.keep == "teacher" else self.segmenter
 
+    def smallest_batch(self) -> dict[Stream, int]:
+        """Two unlabelled pictures for a box of another one."""
+        return {Stream.UNLABELLED: 2} if self.config.mask == "cutmix" else {}
+
     def optimised(self) -> dict[str, Optimised]:
         """One optimiser, for the student."""
         return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}

@@ -9,9 +9,9 @@ from pydantic import Field
 from torch import Tensor
 
 from udas.config import MethodConfig, OptimiserConfig, Share
-from udas.data.batch import Batch, Block, Stream
+from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.masks import classmix_masks
-from udas.data.mixing import paste, strong
+from udas.data.mixing import inside_picture, paste, strong
 from udas.losses import outputs_cross_entropy
 from udas.methods.base import Average, Optimised, SegmentationMethod, Task
 from udas.networks.segmenters import Segmenter
@@ -46,7 +46,7 @@ class DACS(SegmentationMethod[DACSConfig]):
     q   = share of the picture's pixels with max_c softmax(g(x_t))_c > tau: one number per picture, no mask of pixels
     M   = the pixels of a random half of the classes in y_s (ClassMix)
     x_m = strong(M x_s + (1 - M) x_t),  y_m likewise;  W = 1 where M, q elsewhere
-    L_u = mean of W CE(f(x_m), y_m)
+    L_u = mean of W CE(f(x_m), y_m), without what a zoom left black of x_t, which does not count in q either
     g moves by the running average of f with decay min(1 - 1 / (t + 1), alpha).
     """
 
@@ -93,7 +93,10 @@ class DACS(SegmentationMethod[DACSConfig]):
         c, j = self.config, self.config.jitter
         partner = torch.arange(len(target.image), device=target.image.device) % len(source.image)
         confidence, label = self.teacher.module(target.image).softmax(1).max(1)
-        quality = (confidence > c.threshold).float().mean((1, 2), keepdim=True)
+        inside = inside_picture(target.image)
+        sure = ((confidence > c.threshold) & inside).sum((1, 2), keepdim=True)
+        quality = sure / inside.sum((1, 2), keepdim=True).clamp(min=1)
+        label = label.masked_fill(~inside, IGNORE)
         mask = classmix_masks(source.label[partner], target.seeds, c.void)
         image = paste(target.image, source.image[partner], mask)
         image = strong(image, target.seeds, j, j, j, j, c.jittered, grey=0.0, blurred=c.blurred, sigma=BLUR)

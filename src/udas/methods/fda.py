@@ -11,7 +11,8 @@ from torch import Tensor
 from udas.config import MethodConfig, OptimiserConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.fourier import swap_amplitude
-from udas.losses import outputs_cross_entropy, robust_entropy
+from udas.data.mixing import inside_picture
+from udas.losses import masked_mean, outputs_cross_entropy, robust_entropy
 from udas.methods.base import Minimise, Optimised, SegmentationMethod, Task
 
 
@@ -67,7 +68,7 @@ class FDA(SegmentationMethod[FDAConfig]):
             if batch.pseudo is not None:
                 self._train_on_pseudo(minimise, batch.pseudo)
             elif self.config.entropy:
-                minimise(self._penalty(self.segmenter(target.image)), "entropy")
+                minimise(self._penalty(self.segmenter(target.image), target.image), "entropy")
         self.steps_done += 1
         self.follow()
 
@@ -75,16 +76,16 @@ class FDA(SegmentationMethod[FDAConfig]):
         """Cross-entropy and entropy of one forward pass."""
         outputs = self.segmenter.levels(block.image)
         loss = self.config.pseudo * self._cross_entropy(outputs, block)
-        minimise({"pseudo": loss, "entropy": self._penalty(outputs[0])})
+        minimise({"pseudo": loss, "entropy": self._penalty(outputs[0], block.image)})
 
     def _cross_entropy(self, outputs: tuple[Tensor, ...], block: Block) -> Tensor:
         assert block.label is not None
         return outputs_cross_entropy(outputs, block.label, auxiliary=self.config.auxiliary)
 
-    def _penalty(self, logits: Tensor) -> Tensor:
-        """lambda_ent mean rho(e), zero before its first step."""
+    def _penalty(self, logits: Tensor, image: Tensor) -> Tensor:
+        """lambda_ent mean rho(e) over the pixels inside the pictures, zero before its first step."""
         begun = self.steps_done >= round(self.config.entropy_from * self.task.steps)
-        return self.config.entropy * begun * robust_entropy(logits, self.config.eta)
+        return self.config.entropy * begun * masked_mean(robust_entropy(logits, self.config.eta), inside_picture(image))
 
 
 def _partners(block: Block, count: int) -> Tensor:

@@ -69,6 +69,10 @@ class FixMatch(SegmentationMethod[FixMatchConfig]):
     needs = frozenset({Stream.LABELLED, Stream.UNLABELLED})
     optional = frozenset({Stream.SOURCE})
 
+    def smallest_batch(self) -> dict[Stream, int]:
+        """Two unlabelled pictures for a box of another one."""
+        return {Stream.UNLABELLED: 2} if self.config.cutmix else {}
+
     def optimised(self) -> dict[str, Optimised]:
         """One optimiser, for the segmenter."""
         return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from udas.config import MethodConfig, OptimiserConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
+from udas.data.mixing import inside_picture
 from udas.errors import ConfigError
-from udas.losses import outputs_cross_entropy
+from udas.losses import masked_mean, outputs_cross_entropy
 from udas.methods.adversary import CriticOptimiser
 from udas.methods.base import Optimised, SegmentationMethod, Task
 from udas.methods.domains import supervise
@@ -53,12 +54,14 @@ class GCT(SegmentationMethod[GCTConfig]):
     p_k = softmax T_k(x), F_k = F(x, p_k), G_k = `handled`(F_k), where 1 replaces what is above xi.
 
     q_l  = p_r where G_r < G_l, p_l elsewhere, without gradient; q_r likewise: the less flawed of both, own if equal
-    L_dc = mean of (p_k - q_k)^2 over pictures, classes and pixels
-    L_fc = mean over pictures and pixels of F_k^2 where both G are above xi, 0 elsewhere
+    L_dc = mean of (p_k - q_k)^2 over classes and pixels inside the pictures
+    L_fc = mean over pixels inside the pictures of F_k^2 where both G are above xi, 0 elsewhere
 
     and then the flaw detector, on detached predictions for labelled pictures, C = `ground_truth`,
 
-    L_fd = detection 1/2 sum_k mean over labelled pixels of (F_k - C(p_k, y_l))^2
+    L_fd = detection 1/2 sum_k mean over all pixels of (F_k - C(p_k, y_l))^2
+
+    C is about 0 where there is no label, so that F finds no flaw there.
     """
 
     settings = GCTConfig
@@ -92,12 +95,13 @@ class GCT(SegmentationMethod[GCTConfig]):
         assert labelled is not None
         assert unlabelled is not None
         image = together(labelled, unlabelled)
+        inside = inside_picture(image)
         networks = {"left": self.segmenter, "right": self.right}
         said = {side: self._ask(network, image) for side, network in networks.items()}
         *targets, wrong = exchange(said["left"], said["right"], self.config.threshold)
         for (side, network), target in zip(networks.items(), targets, strict=True):
             with self.update(side) as minimise:
-                terms = self._terms(said[side], labelled, target, wrong)
+                terms = self._terms(said[side], labelled, target, wrong, inside)
                 minimise({f"{side} {name}": term for name, term in terms.items()})
                 if source is not None:
                     supervise(minimise, network, source, f"{side} source", self.config.auxiliary, self.config.source)
@@ -111,16 +115,19 @@ class GCT(SegmentationMethod[GCTConfig]):
         probabilities = outputs[0].softmax(1)
         return Opinion(outputs, probabilities, self.detector(image, probabilities))
 
-    def _terms(self, said: Opinion, labelled: Block, target: Tensor, wrong: Tensor) -> dict[str, Tensor]:
-        """The terms of L_k, of one forward pass."""
+    def _terms(
+        self, said: Opinion, labelled: Block, target: Tensor, wrong: Tensor, inside: Tensor
+    ) -> dict[str, Tensor]:
+        """The terms of L_k, of one forward pass; `inside`: [B, H, W] bool, the pixels that L_dc and L_fc count."""
         assert labelled.label is not None
         c = self.config
         ramp = exponential(self.steps_done, round(c.ramp_up * self.task.steps))
         outputs = [output[: len(labelled.image)] for output in said.outputs]
+        distance = (said.probabilities - target).square().mean(1)
         return {
             "labelled": outputs_cross_entropy(outputs, labelled.label, auxiliary=c.auxiliary),
-            "consistency": ramp * c.consistency * F.mse_loss(said.probabilities, target),
-            "correction": c.correction * (wrong * said.flaws.square()).mean(),
+            "consistency": ramp * c.consistency * masked_mean(distance, inside),
+            "correction": c.correction * masked_mean((wrong * said.flaws.square())[:, 0], inside),
         }
 
     def _detection(self, image: Tensor, said: Opinion, labelled: Block) -> Tensor:
@@ -128,10 +135,7 @@ class GCT(SegmentationMethod[GCTConfig]):
         assert labelled.label is not None
         c, count, probabilities = self.config, len(labelled.image), said.probabilities.detach()
         truth = ground_truth(probabilities[:count], labelled.label, c.mu, c.nu)
-        flaws: Tensor = self.detector(image, probabilities)[:count]
-        error = (flaws - truth).square().squeeze(1)
-        known = labelled.label != IGNORE
-        return (error * known).sum() / known.sum().clamp(min=1)
+        return F.mse_loss(self.detector(image, probabilities)[:count], truth)
 
 
 class Opinion(NamedTuple):

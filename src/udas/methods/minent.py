@@ -9,7 +9,8 @@ from pydantic import Field
 
 from udas.config import MethodConfig, OptimiserConfig
 from udas.data.batch import Batch, Stream
-from udas.losses import entropy
+from udas.data.mixing import inside_picture
+from udas.losses import entropy, masked_mean
 from udas.methods.base import Optimised, SegmentationMethod, Task
 from udas.methods.domains import LABELLED_DOMAINS, labelled_domain, supervise
 
@@ -33,7 +34,7 @@ class MinEnt(SegmentationMethod[MinEntConfig]):
 
         L_seg = CE(P_s^main, y_s) + lambda_seg CE(P_s^aux, y_s)
         E     = -1/log(C) sum_c P_t log P_t                                             per pixel, in [0, 1]
-        L_ent = lambda_ent^main mean(E^main) + lambda_ent^aux mean(E^aux)
+        L_ent = lambda_ent^main mean(E^main) + lambda_ent^aux mean(E^aux)               over pixels inside pictures
     """
 
     settings = MinEntConfig
@@ -59,5 +60,6 @@ class MinEnt(SegmentationMethod[MinEntConfig]):
             if labelled is not None and self.config.labelled:
                 supervise(minimise, self.segmenter, labelled, "labelled", self.config.auxiliary, self.config.labelled)
             f_t = self.segmenter.levels(target.image)
-            terms = [weight * entropy(logits).mean() for weight, logits in zip(self.lambda_ent, f_t, strict=True)]
+            inside = inside_picture(target.image)
+            terms = [w * masked_mean(entropy(logits), inside) for w, logits in zip(self.lambda_ent, f_t, strict=True)]
             minimise(torch.stack(terms).sum(), "entropy")

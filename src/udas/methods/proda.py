@@ -10,8 +10,9 @@ from pydantic import Field
 from torch import Tensor
 
 from udas.config import MethodConfig, OptimiserConfig
-from udas.data.batch import IGNORE, Batch, Stream
-from udas.data.randaugment import StrongViews, draw_strong, unchanged
+from udas.data.batch import IGNORE, Batch, Block, Stream
+from udas.data.mixing import inside_picture
+from udas.data.randaugment import draw_strong, unchanged
 from udas.losses import distillation, symmetric_cross_entropy, uniformity
 from udas.methods.base import Average, Optimised, SegmentationMethod, Task
 from udas.methods.domains import supervise
@@ -37,7 +38,7 @@ class ProDAConfig(MethodConfig):
         "fixed", description="p_0: prediction of the frozen teacher, or of the averaged network"
     )
     target: Literal["hard", "soft"] = Field("hard", description="y: argmax of w p_0, or w p_0 scaled to sum 1")
-    strong: bool = Field(True, description="learn on strong views; false = on the pictures as they come")
+    strong: bool = Field(True, description="L_kl compares with strong views; false = with the pictures as they come")
     decay: float = Field(0.9999, ge=0, le=1, description="lambda, decay of the prototypes; 1 = they never move")
     minimum: int = Field(10, ge=1, description="pixels of a class, at the features' size, that move its prototype")
     momentum: float = Field(0.999, ge=0, lt=1, description="decay of the averaged network")
@@ -66,13 +67,14 @@ class ProDA(SegmentationMethod[ProDAConfig]):
 
         q(g)  = softmax_k(-tau ||g - eta_k||_2)
         y     = argmax_k q_k(g'(x_t)) p_0,k              p_0 = softmax f_0(x_t), fixed
-        L_sce = alpha CE(y, p) + beta CE(p, y)           p = softmax f(A x_t), y moved like the view
+        L_sce = alpha CE(y, p) + beta CE(p, y)           p = softmax f(x_t)
         L_kl  = KL(q(g'(x_t)) || q(g(A x_t)))            the former moved like the view
         L_reg = -mean log p
         L     = CE(f(x_s), y_s) + L_sce + structure L_kl + regularisation L_reg   (+ labelled CE(f(x_l), y_l))
 
-    Then eta_k <- decay eta_k + (1 - decay) mean of g' where f' says k, per picture. Pixels of a view that lie beyond
-    the picture or in its grey square count in neither L_sce nor L_kl. The trained network f is handed on.
+    Then eta_k <- decay eta_k + (1 - decay) mean of g' where f' says k, per picture. Pixels beyond the picture count in
+    neither L_sce nor the prototypes; those of a view beyond the picture or in its grey square not in L_kl. The trained
+    network f is handed on.
     """
 
     settings = ProDAConfig
@@ -107,13 +109,14 @@ class ProDA(SegmentationMethod[ProDAConfig]):
         with torch.no_grad():
             (logits, *_), features = self.averaged.module.outputs(image)
             belief = self._believe(image, logits, features)
-        views = draw_strong(image, target.seeds) if c.strong else unchanged(image)
+        inside = inside_picture(image)
         with self.update("segmenter") as minimise:
             supervise(minimise, self.segmenter, source, "source", c.auxiliary)
             if labelled is not None:
                 supervise(minimise, self.segmenter, labelled, "labelled", c.auxiliary, c.labelled)
-            minimise(self._adapt(views, views.picture(image), belief))
-        self.prototypes.update(features, label_at(logits, features))
+            minimise(self._denoise(image, belief.classes, inside))
+            minimise(c.structure * self._compare(target, belief.structure), "structure")
+        self.prototypes.update(features, masked(label_at(logits, features), inside))
         self.averaged.update(self.segmenter)
 
     def _believe(self, image: Tensor, logits: Tensor, features: Tensor) -> Belief:
@@ -127,22 +130,24 @@ class ProDA(SegmentationMethod[ProDAConfig]):
             classes = classes * logits.softmax(1)
         return Belief(classes / classes.sum(1, keepdim=True).clamp(min=1e-12), structure)
 
-    def _adapt(self, views: StrongViews, image: Tensor, belief: Belief) -> dict[str, Tensor]:
-        """L_sce, structure L_kl and regularisation L_reg, of one forward pass."""
-        c = self.config
-        (logits, *_), features = self.segmenter.outputs(image)
-        structure, seen = views.maps(belief.structure)
+    def _denoise(self, image: Tensor, classes: Tensor, inside: Tensor) -> dict[str, Tensor]:
+        """L_sce over the pixels inside the pictures, and regularisation L_reg, of one forward pass."""
+        logits, c = self.segmenter(image), self.config
+        if c.target == "hard":
+            classes = torch.zeros_like(classes).scatter_(1, classes.argmax(1, keepdim=True), 1)
         return {
-            "pseudo": symmetric_cross_entropy(logits, *self._target(views, belief.classes), c.alpha, c.beta),
-            "structure": c.structure * distillation(self.prototypes.log_weights(features), structure, seen),
+            "pseudo": symmetric_cross_entropy(logits, classes, inside, c.alpha, c.beta),
             "regularisation": c.regularisation * uniformity(logits),
         }
 
-    def _target(self, views: StrongViews, classes: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets y as distributions [B, C, H, W] of the views' pixels, and which of them count, [B, H, W] bool."""
-        if self.config.target == "soft":
-            return views.maps(classes)
-        label = views.label(classes.argmax(1))
-        valid = label != IGNORE
-        one_hot = torch.zeros_like(classes).scatter_(1, label.where(valid, 0)[:, None], 1)
-        return one_hot, valid
+    def _compare(self, block: Block, structure: Tensor) -> Tensor:
+        """L_kl: structure [B, C, h, w] of the unchanged pictures, moved like the view, against that of the view."""
+        views = draw_strong(block.image, block.seeds) if self.config.strong else unchanged(block.image)
+        features = self.segmenter.representation(views.picture(block.image))
+        return distillation(self.prototypes.log_weights(features), *views.maps(structure))
+
+
+def masked(label: Tensor, inside: Tensor) -> Tensor:
+    """Labels [B, h, w] with IGNORE where the picture's mask [B, H, W], at their size, is False."""
+    small = F.interpolate(inside[:, None].float(), label.shape[-2:], mode="nearest").squeeze(1) > 0
+    return label.masked_fill(~small, IGNORE)

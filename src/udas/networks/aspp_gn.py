@@ -45,8 +45,8 @@ class GroupNormASPP(nn.Module):
         classes: C.
         width: channels of f. There is no ReLU behind its norm: f has both signs.
 
-    Branches start as PyTorch starts them: the loop that would have started them otherwise in the releases never
-    reaches them.
+    Branches start as PyTorch starts them, as in Seg-Uncertainty's release, where a loop that would have started them
+    otherwise never reaches them; ProDA's release draws every convolution from N(0, 0.01).
     """
 
     def __init__(self, channels: int, classes: int, width: int) -> None:

@@ -45,7 +45,8 @@ class MultiScaleDiscriminator(nn.Module):
     """Critic of predictions at several scales (MRNet, Zheng and Yang, IJCV 2021): one network per scale.
 
     Scale k sees the input after k average poolings (3x3, stride 2). Each network: five 3x3 convolutions of which the
-    first, third and fifth have stride 2, four residual blocks and a 1x1 convolution to one score.
+    first, third and fifth have stride 2, four residual blocks and a 1x1 convolution to one score. Weights are drawn
+    from N(0, 0.02), biases are zero, as in the released code.
 
     Args:
         channels: channels of the input, such as the number of classes.
@@ -56,6 +57,7 @@ class MultiScaleDiscriminator(nn.Module):
     def __init__(self, channels: int, width: int = 32, scales: int = 3) -> None:
         super().__init__()
         self.scales = nn.ModuleList(_scale(channels, width) for _ in range(scales))
+        self.apply(init_gan)
 
     def forward(self, image: Tensor) -> list[Tensor]:
         """Scores of [B, channels, H, W], finest scale first; scale k has a side of ceil(H / 2^(k + 3))."""

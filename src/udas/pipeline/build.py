@@ -65,7 +65,8 @@ def rehearse(context: Context, names: Iterable[str]) -> None:
     Networks have no memory here (PyTorch's meta device); pretrained weights are fetched and fitted once per network.
 
     Raises:
-        ConfigError, WeightsError: as `build_method`; also for names of classes that the label space does not have.
+        ConfigError, WeightsError: as `build_method`; also for names of classes that the label space does not have, and
+            for fewer pictures per step than a method can work with.
     """
     fitted = set()
     for name in names:
@@ -77,7 +78,8 @@ def rehearse(context: Context, names: Iterable[str]) -> None:
             fitted.add(stage.network)
             _fit_weights(name, stage.network)
         with torch.device("meta"):
-            sketch_method(context, name, stage)
+            method = sketch_method(context, name, stage)
+        _check_batches(context, name, stage, method)
 
 
 def _build(context: Context, name: str, stage: TrainStage, task: Task) -> Method[Any]:
@@ -87,9 +89,16 @@ def _build(context: Context, name: str, stage: TrainStage, task: Task) -> Method
         built: Method[Any] = method(stage.method, task)
     except (ConfigError, WeightsError) as error:
         raise type(error)(f"stages.{name}: {error}") from error
-    if context.runtime.compile and method.makes == "segmenter":
-        built.model().compile()
+    if context.runtime.compile:
+        _compile(built)
     return built
+
+
+def _compile(method: Method[Any]) -> None:
+    """Compile the encoders, at their first pictures: whatever a network is asked for, its encoder is called."""
+    for module in method.modules():
+        if isinstance(module, Segmenter):
+            module.encoder.compile()
 
 
 def _check_classes(context: Context, name: str, stage: AnyStage) -> None:
@@ -99,6 +108,16 @@ def _check_classes(context: Context, name: str, stage: AnyStage) -> None:
             context.taxonomy.index(label)
         except ConfigError as error:
             raise ConfigError(f"stages.{name}.{given}: {error}") from error
+
+
+def _check_batches(context: Context, name: str, stage: TrainStage, method: Method[Any]) -> None:
+    for stream, least in method.smallest_batch().items():
+        given = stage.training.batch_of(stream) // context.runtime.world
+        if given < least:
+            raise ConfigError(
+                f"stages.{name}.training.batch: {stage.method.name} mixes {stream} pictures with each other and needs "
+                f"{least} per process and step, not {given}"
+            )
 
 
 def _fit_weights(name: str, network: NetworkConfig) -> None:

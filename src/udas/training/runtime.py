@@ -26,7 +26,7 @@ class RuntimeConfig(Config):
     device: Literal["auto", "cpu", "cuda", "mps"] = Field("auto", description="auto = cuda if there is one, else cpu")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto = bf16 where the hardware has it")
     channels_last: bool = Field(True, description="NHWC memory format of pictures and convolutions")
-    compile: bool = Field(False, description="torch.compile the segmenter: slow start, faster steps on a GPU")
+    compile: bool = Field(False, description="torch.compile the networks' encoders: slow start, faster steps on a GPU")
     workers: int | Literal["auto"] = Field("auto", description="loader processes per training process")
     threads: int | None = Field(None, gt=0, description="CPU threads per training process")
 

@@ -1,0 +1,86 @@
+"""What a run finds out about its methods before the first one starts, and which parts of them it compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tiny_run import CPU, loaded, make_world, run_file
+from udas.errors import ConfigError
+from udas.networks.segmenters import Segmenter
+from udas.pipeline.build import rehearse, sketch_method
+from udas.pipeline.context import Context
+from udas.training.runtime import Runtime
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def context(world: Path, tmp_path: Path) -> Callable[..., Context]:
+    """A run of one stage or more, in these processes."""
+
+    def make(stages: dict[str, Any], runtime: Runtime = CPU) -> Context:
+        return Context(loaded(run_file(tmp_path / "file.yaml", world, stages)), tmp_path / "run", runtime)
+
+    return make
+
+
+MIXING = {
+    "cutmixseg": {"mask": "cutout"},
+    "fixmatch": {"cutmix": 0},
+    "unimatch": {"cutmix": 0},
+}
+"""Methods that mix pictures of a batch, and how not to."""
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize(("batch", "world_size"), [({"unlabelled": 1}, 1), (2, 2), ({"unlabelled": 4}, 4)])
+def test_one_picture_per_process_cannot_be_mixed(
+    context: Callable[..., Context], name: str, batch: Any, world_size: int
+) -> None:
+    runtime = replace(CPU, world=world_size)
+    stage = {"method": {"name": name}, "streams": ["labelled", "unlabelled"], "training": {"batch": batch}}
+    text = f"stages.it.training.batch: {name} mixes unlabelled pictures with each other and needs 2 per process"
+    with pytest.raises(ConfigError, match=text):
+        rehearse(context({"it": stage}, runtime), ["it"])
+    rehearse(context({"it": stage | {"method": {"name": name} | MIXING[name]}}, runtime), ["it"])
+    rehearse(context({"it": stage | {"training": {"batch": 2 * world_size}}}, runtime), ["it"])
+
+
+def test_every_network_is_compiled_whatever_its_method_asks_it_for(
+    context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def compiled(call: Callable[..., Any], **_: Any) -> Callable[..., Any]:
+        def counted(*given: Any) -> Any:
+            calls.append(call)
+            return call(*given)
+
+        return counted
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    stages = {
+        "teacher": {"method": {"name": "supervised"}, "streams": ["source"]},
+        "gct": {"method": {"name": "gct"}},
+        "dldm": {"method": {"name": "dldm"}, "teacher": ["teacher", "gct"]},
+    }
+    for compile_, expected in ((True, 1), (False, 0)):
+        run = context(stages, replace(CPU, compile=compile_))
+        for name, count in (("teacher", 1), ("gct", 2), ("dldm", 3)):
+            method = sketch_method(run, name, run.config.stages[name])  # type: ignore[arg-type]
+            networks = [module for module in method.modules() if isinstance(module, Segmenter)]
+            assert len(networks) == count
+            for network in networks:
+                for ask in (network, network.levels, network.outputs, network.encode):
+                    calls.clear()
+                    ask(torch.rand(2, 3, 32, 32))
+                    assert len(calls) == expected
