@@ -63,7 +63,10 @@ def _placed(method: Method[Any], runtime: Runtime) -> Method[Any]:
 
 
 class Training:
-    """One training of one method: resumes from its last checkpoint and ends bit-identical to one never stopped."""
+    """One training of one method: resumes from its last checkpoint and ends bit-identical to one never stopped.
+
+    With several processes, what each of them remembers of its own pictures goes on from the first one's.
+    """
 
     def __init__(
         self,
