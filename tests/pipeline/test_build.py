@@ -44,8 +44,9 @@ MIXING = {
 @pytest.mark.parametrize("name", MIXING)
 @pytest.mark.parametrize(("batch", "world_size"), [({"unlabelled": 1}, 1), (2, 2), ({"unlabelled": 4}, 4)])
 def test_one_picture_per_process_cannot_be_mixed(
-    context: Callable[..., Context], name: str, batch: Any, world_size: int
+    context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch, name: str, batch: Any, world_size: int
 ) -> None:
+    monkeypatch.setattr(Runtime, "barrier", lambda _: None)
     runtime = replace(CPU, world=world_size)
     stage = {"method": {"name": name}, "streams": ["labelled", "unlabelled"], "training": {"batch": batch}}
     text = f"stages.it.training.batch: {name} mixes unlabelled pictures with each other and needs 2 per process"

@@ -96,7 +96,7 @@ class CCT(SegmentationMethod[CCTConfig]):
     f = g h: the network, h to its representation and g its classifier; g_k: auxiliary decoders; P_k: perturbations.
 
         L_s = CE(f(x_l), y_l)
-        L_u = 1/K sum_k mean over pixels inside the pictures and classes of (softmax g_k(P_k(z)) - p)^2,   z = h(x_u)
+        L_u = 1/K sum_k mean over classes and pixels inside the pictures of (softmax g_k(P_k(z)) - p)^2,   z = h(x_u)
         p   = softmax g(z), without gradient
         omega(t) = consistency exp(-5 (1 - min(t / T, 1))^2),   T = ramp * steps
 
