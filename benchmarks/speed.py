@@ -69,7 +69,8 @@ class Case:
             teacher=lambda: self._network(taxonomy),
             prototypes=prototypes,
         )
-        self.method = self.runtime.place(method(method.settings.model_validate({"name": name} | NEEDED.get(name, {})), task)).train()
+        settings = method.settings.model_validate({"name": name} | NEEDED.get(name, {}))
+        self.method = self.runtime.place(method(settings, task)).train()
         self.engine = TrainingEngine(self.method, self.runtime, STEPS)
         blocks = {stream.value: self._block(stream, len(taxonomy.classes)) for stream in sorted(streams)}
         self.batch = Batch(**blocks).to(self.runtime.device, self.runtime.memory_format)
