@@ -174,7 +174,7 @@ def distillation(student: Tensor, teacher: Tensor, valid: Tensor | None = None) 
     divergence = F.kl_div(student, teacher.detach(), reduction="none").mean(1)
     if valid is None:
         return divergence.mean()
-    return (divergence * valid).sum() / valid.sum().clamp(min=1)
+    return masked_mean(divergence, valid)
 
 
 def uniformity(logits: Tensor) -> Tensor:

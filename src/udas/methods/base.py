@@ -169,16 +169,27 @@ class Average(nn.Module):
         decay: d.
         ramp: d = min(1 - 1 / (t + 1), decay) in step t = 1, 2, ..., so that the start is forgotten soon.
         buffers: running statistics are averaged like weights, or copied from the network.
+        norm: it runs in the mode of its method (batch: statistics of the batch, dropout), or always in evaluation.
     """
 
     def __init__(
-        self, network: Segmenter, decay: float, ramp: bool = False, buffers: Literal["average", "copy"] = "average"
+        self,
+        network: Segmenter,
+        decay: float,
+        ramp: bool = False,
+        buffers: Literal["average", "copy"] = "average",
+        norm: Literal["batch", "running"] = "batch",
     ) -> None:
         super().__init__()
-        self.decay, self.ramp, self.buffers_mode = decay, ramp, buffers
+        self.decay, self.ramp, self.buffers_mode, self.norm = decay, ramp, buffers, norm
         self.module = copy.deepcopy(network).requires_grad_(False)
         self.updates: Tensor
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
+        self.train()
+
+    def train(self, mode: bool = True) -> Average:
+        """As in PyTorch, but an average with running statistics stays in evaluation."""
+        return super().train(mode and self.norm == "batch")
 
     @torch.no_grad()
     def update(self, network: Segmenter) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,7 @@ from udas.config import MethodConfig, OptimiserConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.masks import box_masks
 from udas.data.mixing import inside_picture, partners, paste, strong
+from udas.losses import masked_mean
 from udas.methods.base import Average, Optimised, SegmentationMethod, Task
 from udas.methods.domains import supervise
 from udas.networks.segmenters import Segmenter
@@ -85,15 +86,7 @@ class CutMixSeg(SegmentationMethod[CutMixSegConfig]):
 
     def __init__(self, config: CutMixSegConfig, task: Task) -> None:
         super().__init__(config, task)
-        self.teacher = Average(self.segmenter, config.decay)
-        self.train()
-
-    def train(self, mode: bool = True) -> Self:
-        """As in PyTorch, but a teacher with running statistics stays in evaluation."""
-        super().train(mode)
-        if self.config.teacher_norm == "running":
-            self.teacher.eval()
-        return self
+        self.teacher = Average(self.segmenter, config.decay, norm=config.teacher_norm)
 
     def model(self) -> Segmenter:
         """What `keep` says; the published scores are the teacher's."""
@@ -118,8 +111,7 @@ class CutMixSeg(SegmentationMethod[CutMixSegConfig]):
             if source is not None:
                 supervise(minimise, self.segmenter, source, "source", c.auxiliary, c.source)
             distance = self._distance(self.segmenter(mixed.image), mixed.target)
-            loss = (distance * mixed.weight * mixed.valid).sum() / mixed.valid.sum().clamp(min=1)
-            minimise(c.consistency * loss, "consistency")
+            minimise(c.consistency * masked_mean(distance * mixed.weight, mixed.valid), "consistency")
         self.teacher.update(self.segmenter)
 
     @torch.no_grad()

@@ -56,14 +56,7 @@ class DACS(SegmentationMethod[DACSConfig]):
 
     def __init__(self, config: DACSConfig, task: Task) -> None:
         super().__init__(config, task)
-        self.teacher = Average(self.segmenter, config.decay, ramp=True)
-
-    def train(self, mode: bool = True) -> DACS:
-        """As in PyTorch, but a teacher with running statistics stays in evaluation."""
-        super().train(mode)
-        if self.config.teacher_norm == "running":
-            self.teacher.eval()
-        return self
+        self.teacher = Average(self.segmenter, config.decay, ramp=True, norm=config.teacher_norm)
 
     def model(self) -> Segmenter:
         """What `keep` says; the published scores are the student's."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Self
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,17 +84,9 @@ class ProDA(SegmentationMethod[ProDAConfig]):
     def __init__(self, config: ProDAConfig, task: Task) -> None:
         super().__init__(config, task)
         self.warm_up = Frozen(task)
-        self.averaged = Average(self.segmenter, config.momentum, buffers="copy")
+        self.averaged = Average(self.segmenter, config.momentum, buffers="copy", norm=config.averaged_norm)
         vectors = fitting_prototypes(task.prototypes, self.segmenter.classes, self.segmenter.decoder.channels)
         self.prototypes = Prototypes(vectors, config.temperature, config.decay, config.minimum)
-        self.train()
-
-    def train(self, mode: bool = True) -> Self:
-        """As in PyTorch, but with running statistics (`averaged_norm`) the averaged network stays in evaluation."""
-        super().train(mode)
-        if self.config.averaged_norm == "running":
-            self.averaged.eval()
-        return self
 
     def optimised(self) -> dict[str, Optimised]:
         """One optimiser, for the segmenter."""

@@ -14,7 +14,7 @@ from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.masks import cutout_masks
 from udas.data.mixing import inside_picture, jitter
 from udas.errors import ConfigError
-from udas.losses import cross_entropy, outputs_cross_entropy
+from udas.losses import cross_entropy, masked_mean, outputs_cross_entropy
 from udas.methods.base import Optimised, SegmentationMethod, Task, trainable
 from udas.methods.domains import supervise
 from udas.networks.self_attention import SelfAttentionGradCAM
@@ -131,7 +131,7 @@ class PseudoSeg(SegmentationMethod[PseudoSegConfig]):
         image = torch.where(hidden[:, None], self.segmenter.mean, image)
         loss = F.cross_entropy(self.segmenter(image), target, reduction="none")
         valid = inside_picture(block.image) & ~hidden
-        return (loss * valid).sum() / valid.sum().clamp(min=1)
+        return masked_mean(loss, valid)
 
 
 def fuse(first: Tensor, second: Tensor, gamma: float, temperature: float, per_picture: bool = False) -> Tensor:
