@@ -208,3 +208,14 @@ def test_the_kept_network_is_a_choice():
     assert student.model() is student.segmenter
     assert teacher.model() is teacher.teacher.module
     assert math.isclose(student.teacher.decay, 0.99)
+
+
+def test_black_borders_are_not_labelled_and_do_not_dilute_the_quality():
+    """What a zoom leaves black of a target picture counts neither in the loss nor in q."""
+    method, seen = make(UDA, threshold=0.0), batch(0, UDA)
+    seen.unlabelled.image[:, :, :, 24:] = 0
+    _, label, weight = method._mix(seen.source, seen.unlabelled)
+    pasted = classmix_masks(seen.source.label, seen.unlabelled.seeds, False)[:, 0]
+    assert (label[:, :, 24:][~pasted[:, :, 24:]] == IGNORE).all()
+    assert (label[:, :, :24][~pasted[:, :, :24]] != IGNORE).all()
+    assert (weight[~pasted] == 1).all(), "all pixels inside are surer than 0"

@@ -12,6 +12,7 @@ import torch
 from equivalence.small import block, naive_cross_entropy, task
 from equivalence.stepping import advance, lend_engine
 from udas.data.batch import IGNORE, Batch, Stream
+from udas.losses import robust_entropy
 from udas.methods.fda import FDA, FDAConfig
 from udas.validation import validate
 
@@ -155,3 +156,12 @@ def test_a_step_changes_no_picture():
     advance(lend_engine(method), method, seen)
     for stream in ALL:
         assert torch.equal(getattr(seen, stream).image, getattr(kept, stream).image)
+
+
+def test_black_borders_are_no_place_to_be_sure():
+    """What a zoom leaves black has no part in the entropy."""
+    method, image = make(UDA, entropy=1.0), torch.rand(2, 3, 8, 12)
+    image[:, :, :, 9:] = 0
+    logits = torch.randn(2, 3, 8, 12)
+    expected = robust_entropy(logits[:, :, :, :9], 2.0).mean()
+    torch.testing.assert_close(method._penalty(logits, image), expected)
