@@ -22,7 +22,11 @@ def result(**changed):
     } | changed
 
 
-ROWS = [("source [only]", result()), ("udas | ours", result(miou=0.5, iou={"road": 1.0, "bus": 0.25}, absent=[]))]
+TRAINED = {"steps": 3000, "seconds_per_step": 0.348}
+ROWS = [
+    ("source [only]", result()),
+    ("udas | ours", result(miou=0.5, iou={"road": 1.0, "bus": 0.25}, absent=[], **TRAINED)),
+]
 
 
 def test_text_has_every_class_once_and_says_how_it_was_measured():
@@ -58,9 +62,10 @@ def test_rows_of_one_title_keep_their_own_protocols():
 
 def test_markdown_has_one_line_per_result():
     lines = table(ROWS, "markdown").splitlines()
-    assert lines[0] == "|  | mIoU | 95 % interval | pixel accuracy | road | sky | train | bus |"
-    assert lines[2] == "| source [only] | 45.7 | 44.0 to 47.0 | 90.0 | 91.3 | 0.0 | - | - |"
+    assert lines[0] == "|  | mIoU | 95 % interval | pixel accuracy | steps | s/step | road | sky | train | bus |"
+    assert lines[2] == "| source [only] | 45.7 | 44.0 to 47.0 | 90.0 | - | - | 91.3 | 0.0 | - | - |"
     assert lines[3].startswith("| udas \\| ours | 50.0 |")
+    assert "| 3000 | 0.35 | 100.0 |" in lines[3]
     assert lines[5] == "* 500 pictures; whole: whole picture"
 
 
@@ -73,6 +78,7 @@ def test_csv_holds_shares_at_full_precision():
     assert float(second["bus"]) == 0.25
     assert second["sky"] == ""
     assert second["title"] == "udas | ours"
+    assert [(row["steps"], row["seconds_per_step"]) for row in (first, second)] == [("", ""), ("3000", "0.348")]
 
 
 def test_json_holds_everything():

@@ -156,7 +156,7 @@ def full_run(run: Path, shown: int = 3) -> Path:
     add_train(run, "source_only", 0.4)
     add_train(run, "teacher", 0.55, uses={"source": "translate"})
     add_labels(run, "label_1", "teacher", 0.25, shown)
-    add_train(run, "student_1", 0.62, losses=1, uses={"labels": "label_1"}, method="supervised")
+    add_train(run, "student_1", 0.62, losses=1, uses={"labels": "label_1", "start": "teacher"}, method="supervised")
     for model, wrong in (("source_only", 0.45), ("teacher", 0.36), ("student_1", 0.28)):
         add_evaluation(run, model, wrong, shown)
     text = "name: demo\nseed: 7\ndata:\n  source: {preset: streets_game}\n  target: {preset: streets_camera}\n"

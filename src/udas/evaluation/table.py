@@ -18,16 +18,17 @@ from udas.storage import write_atomically
 
 Form = Literal["text", "json", "csv", "markdown"]
 Row = tuple[str, Mapping[str, Any]]
-"""Title, and the content of its `evaluation.json`."""
+"""Title, and the content of its `evaluation.json`, with `steps` and `seconds_per_step` where the training is known."""
 
 _ABSENT = "-"
-_OVERALL = ("mIoU", "95 % interval", "pixel accuracy")
+_OVERALL = ("mIoU", "95 % interval", "pixel accuracy", "steps", "s/step")
 
 
 def table(rows: Sequence[Row], form: Form = "text") -> str:
     """A comparison of evaluations.
 
-    Text and Markdown are in per cent, for people. Both end with how each number was measured and which
+    Text and Markdown are in per cent, for people; steps count those of the trainings a network started from, and
+    seconds per step are the last training's median. Both end with how each number was measured and which
     classes were left out of a mean because they occur neither in the labels nor in the predictions.
 
     Args:
@@ -51,6 +52,8 @@ def _cells(result: Mapping[str, Any], classes: Sequence[str]) -> dict[str, str]:
         "mIoU": _percent(result["miou"]),
         "95 % interval": f"{_percent(low)} to {_percent(high)}",
         "pixel accuracy": _percent(result["pixel_accuracy"]),
+        "steps": str(result.get("steps", _ABSENT)),
+        "s/step": _ABSENT if (seconds := result.get("seconds_per_step")) is None else f"{seconds:.2g}",
         **{name: _percent(result["iou"].get(name)) for name in classes},
     }
 
@@ -94,7 +97,7 @@ def _drawn(grid: Table) -> list[str]:
 def _markdown(rows: Sequence[Row]) -> str:
     classes = _classes(rows)
     lines = [[_escape(title), *_cells(result, classes).values()] for title, result in rows]
-    head = ["", "mIoU", "95 % interval", "pixel accuracy", *map(_escape, classes)]
+    head = ["", *_OVERALL, *map(_escape, classes)]
     grid = [head, ["---", *("---:" for _ in head[1:])], *lines]
     notes = [f"* {_escape(note)}" for note in _notes(rows)]
     return "\n".join(["| " + " | ".join(cells) + " |" for cells in grid] + ["", *notes]) + "\n"
@@ -108,12 +111,13 @@ def _csv(rows: Sequence[Row]) -> str:
     classes = _classes(rows)
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
-    head = ["title", "miou", "low", "high", "pixel_accuracy", *classes, "absent", "pictures", "split", "protocol"]
+    overall, training = ["miou", "low", "high", "pixel_accuracy"], ["steps", "seconds_per_step"]
+    head = ["title", *overall, *classes, *training, "absent", "pictures", "split", "protocol"]
     writer.writerow(head)
     for title, result in rows:
         numbers = [result["miou"], *result["interval"], result["pixel_accuracy"], *map(result["iou"].get, classes)]
         record = [" ".join(result["absent"]), result["pictures"], result["split"], result["protocol"]]
-        writer.writerow([title, *numbers, *record])
+        writer.writerow([title, *numbers, *map(result.get, training), *record])
     return out.getvalue()
 
 

@@ -10,6 +10,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -30,6 +31,7 @@ from udas.pipeline.context import Context
 from udas.pipeline.estimate import estimate
 from udas.pipeline.plan import Action, Planned, plan, read_manifest
 from udas.reporting.html import write_report
+from udas.reporting.read import Run, Stage, read_runs
 from udas.storage import remove_leftovers, write_atomically
 from udas.training.runtime import Runtime
 
@@ -90,14 +92,18 @@ def write_results(folder: Path) -> Path:
 
 
 def evaluations(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(title, content of evaluation.json) of every finished evaluation of a run, in the order of its stages."""
-    order = list(yaml.safe_load((folder / "run.yaml").read_text(encoding="utf-8"))["stages"])
-    rows = []
-    for name in order:
-        manifest, path = read_manifest(folder / name), folder / name / "evaluation.json"
-        if manifest and manifest["state"] == "done" and path.exists():
-            rows.append((str(manifest["title"]), json.loads(path.read_text(encoding="utf-8"))))
-    return rows
+    """(title, evaluation.json and what training took) of every finished evaluation, in the order of a run's stages."""
+    [run] = read_runs([folder])
+    done = [stage for stage in run.stages if stage.evaluation and stage.manifest.state == "done"]
+    stages = {stage.manifest.stage: stage for stage in done}
+    order = [stages[name] for name in run.config["stages"] if name in stages]
+    return [(str(stage.manifest.title), _evaluation(run, stage)) for stage in order]
+
+
+def _evaluation(run: Run, stage: Stage) -> dict[str, Any]:
+    budget = run.budget(stage)
+    content: dict[str, Any] = json.loads((stage.folder / "evaluation.json").read_text(encoding="utf-8"))
+    return content | (asdict(budget) if budget else {})
 
 
 def show_plan(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> None:

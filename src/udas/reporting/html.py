@@ -88,8 +88,8 @@ def _is(stage: Stage, kind: str) -> bool:
     return stage.manifest.kind == kind
 
 
-def _summary(stages: list[Stage], results: list[Any]) -> dict[str, Any]:
-    scored = [(e.miou, stage.title, e) for stage, e in results if e.miou is not None]
+def _summary(stages: list[Stage], results: list[tables.Result]) -> dict[str, Any]:
+    scored = [(r.evaluation.miou, r.stage.title, r.evaluation) for r in results if r.evaluation.miou is not None]
     states = [stage.manifest.state for stage in stages]
     return {
         "top": max(scored, key=lambda entry: entry[0], default=None),

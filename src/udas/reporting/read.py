@@ -158,6 +158,14 @@ class Stage:
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a network took: steps with those of the trainings it started from; the last training's seconds per step."""
+
+    steps: int
+    seconds_per_step: float | None
+
+
+@dataclass(frozen=True)
 class Run:
     """One run folder: its configuration, its stages in the order they build on each other, and what is amiss."""
 
@@ -165,6 +173,18 @@ class Run:
     config: dict[str, Any]
     stages: list[Stage]
     notes: list[str] = field(default_factory=list)
+
+    def budget(self, evaluation: Stage) -> Budget | None:
+        """Of the network that a stage evaluates; None of several networks, or of one that this run did not train."""
+        trainings = {stage.manifest.stage: stage for stage in self.stages if stage.manifest.kind == "train"}
+        name = evaluation.manifest.uses.get("model")
+        if not isinstance(name, str) or name not in trainings:
+            return None
+        log, steps = trainings[name].log, 0
+        while name in trainings:
+            manifest = trainings.pop(name).manifest
+            steps, name = steps + (manifest.steps or 0), manifest.uses.get("start")
+        return Budget(steps, 1 / log.rate if log and log.rate else None)
 
 
 def read_runs(folders: list[Path]) -> list[Run]:

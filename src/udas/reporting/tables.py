@@ -8,9 +8,18 @@ from typing import Any
 
 import yaml
 
-from udas.reporting.read import Evaluation, Run, Stage, Statistics
+from udas.reporting.read import Budget, Evaluation, Run, Stage, Statistics
 
 Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Result:
+    """An evaluate stage with what it found, and what the network took to train where that is known."""
+
+    stage: Stage
+    evaluation: Evaluation
+    budget: Budget | None
 
 
 @dataclass(frozen=True)
@@ -19,6 +28,7 @@ class ResultRow:
 
     title: str
     evaluation: Evaluation
+    budget: Budget | None
     iou: list[float | None]
     best: frozenset[str]
 
@@ -68,46 +78,50 @@ def by_model(run: Run, *kinds: str) -> list[Stage]:
     return sorted(chosen, key=lambda stage: (last_used[stage.where], kinds.index(stage.manifest.kind)))
 
 
-def evaluated(runs: list[Run]) -> list[tuple[Stage, Evaluation]]:
+def evaluated(runs: list[Run]) -> list[Result]:
     """Evaluate stages with a result, in the order of the models they evaluate."""
-    return [(s, s.evaluation) for run in runs for s in by_model(run, "evaluate") if s.evaluation]
+    found = [(run, stage) for run in runs for stage in by_model(run, "evaluate")]
+    return [Result(stage, stage.evaluation, run.budget(stage)) for run, stage in found if stage.evaluation]
 
 
-def result_tables(results: list[tuple[Stage, Evaluation]]) -> list[ResultTable]:
+def result_tables(results: list[Result]) -> list[ResultTable]:
     """One table per group of comparable evaluations."""
-    groups: dict[str, list[tuple[Stage, Evaluation]]] = {}
-    for stage, evaluation in results:
-        groups.setdefault(evaluation.comparable(), []).append((stage, evaluation))
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        groups.setdefault(result.evaluation.comparable(), []).append(result)
     return [_result_table(group) for group in groups.values()]
 
 
-def _result_table(group: list[tuple[Stage, Evaluation]]) -> ResultTable:
-    first = group[0][1]
-    scores = [{"miou": e.miou, "pixel_accuracy": e.pixel_accuracy, **_by_class(e)} for _, e in group]
+def _result_table(group: list[Result]) -> ResultTable:
+    first = group[0].evaluation
+    scores = [_scores(result.evaluation) for result in group]
     highest = {key: max((s[key] or 0.0 for s in scores), default=0.0) for key in scores[0]} if len(group) > 1 else {}
     rows = [
         ResultRow(
-            stage.title,
-            evaluation,
-            [evaluation.iou.get(name) for name in first.classes],
+            result.stage.title,
+            result.evaluation,
+            result.budget,
+            [result.evaluation.iou.get(name) for name in first.classes],
             frozenset(key for key, top in highest.items() if top > 0 and score[key] == top),
         )
-        for (stage, evaluation), score in zip(group, scores, strict=True)
+        for result, score in zip(group, scores, strict=True)
     ]
     return ResultTable(first.setting(), list(zip(first.classes, first.colours, strict=True)), rows)
 
 
-def _by_class(evaluation: Evaluation) -> dict[str, float | None]:
-    return {f"class {name}": evaluation.iou.get(name) for name in evaluation.classes}
+def _scores(evaluation: Evaluation) -> dict[str, float | None]:
+    by_class = {f"class {name}": evaluation.iou.get(name) for name in evaluation.classes}
+    return {"miou": evaluation.miou, "pixel_accuracy": evaluation.pixel_accuracy, **by_class}
 
 
-def matrices(results: list[tuple[Stage, Evaluation]]) -> list[Matrix]:
+def matrices(results: list[Result]) -> list[Matrix]:
     """Row-normalised confusion matrices of the evaluations that carry one."""
     found = []
-    for stage, evaluation in results:
+    for result in results:
+        evaluation = result.evaluation
         if evaluation.confusion is not None:
             rows = [_normalised(row) for row in evaluation.confusion]
-            found.append(Matrix(stage.title, evaluation.setting(), evaluation.classes, rows))
+            found.append(Matrix(result.stage.title, evaluation.setting(), evaluation.classes, rows))
     return found
 
 
