@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -32,6 +33,9 @@ class GeneratorConfig(Config):
     upsample: Literal["transposed", "bilinear"] = Field(
         "transposed", description="transposed: the paper's; bilinear: resize then convolve, no checkerboard"
     )
+    norm: Literal["instance", "none"] = Field(
+        "instance", description="none: nothing in a picture changes how the rest is painted, for short trainings"
+    )
     residual: bool = Field(
         False,
         description="paint the change of the picture: begins as the identity, for short trainings",
@@ -42,26 +46,32 @@ class ResnetGenerator(nn.Module):
     """CycleGAN's generator (Zhu et al., ICCV 2017, appendix 7.2): c7s1-w, d2w, d4w, R4w x blocks, u2w, uw, c7s1-3.
 
     Reflection padding, instance norm without parameters, ReLU, tanh at the end. Weights from N(0, 0.02), biases zero.
+    Without norms the hidden convolutions begin with weights that keep the size of their input (He et al., ICCV 2015).
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.width
+        width, norm = config.width, {"instance": _InstanceNorm, "none": nn.Identity}[config.norm]
         up = {"transposed": _transposed, "bilinear": _bilinear}[config.upsample]
         self.layers = nn.Sequential(
-            *_normed(_reflected(3, width, 7), width),
-            *_normed(_halved(width, 2 * width), 2 * width),
-            *_normed(_halved(2 * width, 4 * width), 4 * width),
-            *(_Residual(4 * width) for _ in range(config.blocks)),
-            *_normed(up(4 * width, 2 * width), 2 * width),
-            *_normed(up(2 * width, width), width),
+            *(_reflected(3, width, 7), norm(width), nn.ReLU()),
+            *(_halved(width, 2 * width), norm(2 * width), nn.ReLU()),
+            *(_halved(2 * width, 4 * width), norm(4 * width), nn.ReLU()),
+            *(_Residual(4 * width, norm) for _ in range(config.blocks)),
+            *(up(4 * width, 2 * width), norm(2 * width), nn.ReLU()),
+            *(up(2 * width, width), norm(width), nn.ReLU()),
             _reflected(width, 3, 7, bias=True),
         )
         self.apply(init_gan)
+        if config.norm == "none":
+            self.layers[:-1].apply(_init_he)
 
     def forward(self, image: Tensor) -> Tensor:
-        """Repaint RGB [B, 3, H, W] in [-1, 1]; the result is float32 of the same size and range.
+        """Repaint RGB [B, 3, H, W] in [-1, 1]; the result is float32 of the same size.
+
+        Its range is (-1, 1), except of a `residual` generator: cut off there, what is once painted white or black
+        would have no gradient and stay so. The translator cuts.
 
         Raises:
             DataError: when H or W is not a multiple of 4, or below 8.
@@ -73,7 +83,7 @@ class ResnetGenerator(nn.Module):
                 f"and at least {SMALLEST}; set the crop so"
             )
         painted = full_precision(self.layers(image))  # bfloat16 has too few steps near white and black
-        return F.hardtanh(image + painted) if self.config.residual else torch.tanh(painted)
+        return image + painted if self.config.residual else torch.tanh(painted)
 
 
 class Translator(nn.Module):
@@ -98,7 +108,7 @@ class Translator(nn.Module):
             )
         padded = F.pad(image, (0, _missing(width), 0, _missing(height)), mode="reflect")
         result: Tensor = self.generator(2 * padded - 1)[..., :height, :width]
-        return (result + 1) / 2
+        return ((result + 1) / 2).clamp(0, 1)
 
 
 def save_translator(path: Path, translator: Translator) -> None:
@@ -140,11 +150,12 @@ def _missing(side: int) -> int:
     return max(SMALLEST - side, -side % STRIDE)
 
 
-# The convolutions below have no bias where an instance norm follows, which would subtract it again.
+# The convolutions below have no bias where a norm follows: instance norm would subtract it again.
 
 
-def _normed(convolution: nn.Module, channels: int) -> tuple[nn.Module, ...]:
-    return convolution, nn.InstanceNorm2d(channels), nn.ReLU()
+def _init_he(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
 
 
 def _reflected(before: int, after: int, kernel: int, bias: bool = False) -> nn.Module:
@@ -180,10 +191,10 @@ class _InstanceNorm(nn.InstanceNorm2d):
 class _Residual(nn.Module):
     """x + norm(conv(relu(norm(conv(x)))))."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, norm: Callable[[int], nn.Module]) -> None:
         super().__init__()
         first, second = _reflected(width, width, 3), _reflected(width, width, 3)
-        self.body = nn.Sequential(*_normed(first, width), second, _InstanceNorm(width))
+        self.body = nn.Sequential(first, norm(width), nn.ReLU(), second, norm(width))
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = x + self.body(x)
