@@ -21,17 +21,20 @@ from udas.validation import validate
 UPSAMPLE = ["transposed", "bilinear"]
 
 
-def generator(upsample="transposed", width=4, blocks=1):
+def generator(upsample="transposed", width=4, blocks=1, **settings):
     torch.manual_seed(0)
-    return ResnetGenerator(GeneratorConfig(width=width, blocks=blocks, upsample=upsample))
+    return ResnetGenerator(GeneratorConfig(width=width, blocks=blocks, upsample=upsample, **settings))
 
 
-def naive(network, x):
+def naive(network, picture):
     """The generator written out: c7s1-w, d2w, d4w, R4w, u2w, uw, c7s1-3."""
+    x = picture
     weights = iter([p for p in network.parameters() if p.dim() == 4])
     bilinear = network.config.upsample == "bilinear"
 
     def norm(x):
+        if network.config.norm == "none":
+            return x
         mean, variance = x.mean((2, 3), keepdim=True), x.var((2, 3), keepdim=True, correction=0)
         return (x - mean) / torch.sqrt(variance + 1e-5)
 
@@ -50,12 +53,14 @@ def naive(network, x):
         x = x + norm(same(norm(same(x, 1)).relu(), 1))
     for _ in range(2):
         x = norm(up(x)).relu()
-    return torch.tanh(same(x, 3) + network.layers[-1].bias[:, None, None])
+    painted = same(x, 3) + network.layers[-1].bias[:, None, None]
+    return picture + painted if network.config.residual else torch.tanh(painted)
 
 
 @pytest.mark.parametrize("upsample", UPSAMPLE)
-def test_generator_is_the_formula(upsample):
-    network = generator(upsample, blocks=2).double()
+@pytest.mark.parametrize("settings", [{}, {"norm": "none"}, {"residual": True}, {"norm": "none", "residual": True}])
+def test_generator_is_the_formula(upsample, settings):
+    network = generator(upsample, blocks=2, **settings).double()
     torch.nn.init.normal_(network.layers[-1].bias)
     image = torch.rand(2, 3, 24, 16, dtype=torch.float64) * 2 - 1
     torch.testing.assert_close(network(image), naive(network, image))
@@ -72,6 +77,20 @@ def test_generator_begins_small():
     weights = torch.cat([p.flatten() for p in network.parameters() if p.dim() > 1])
     assert weights.std().item() == pytest.approx(0.02, rel=1e-2)
     assert not network.layers[-1].bias.any()
+
+
+def test_without_norms_hidden_features_keep_their_size():
+    torch.manual_seed(0)
+    network = generator(width=32, blocks=4, norm="none")
+    features = network.layers[:-1](torch.randn(1, 3, 32, 32))
+    assert 0.3 < features.square().mean().sqrt() < 30
+
+
+@pytest.mark.parametrize("norm", ["instance", "none"])
+def test_what_a_residual_generator_painted_white_can_be_unlearnt(norm):
+    network = generator(norm=norm, residual=True)
+    network(torch.ones(1, 3, 16, 16)).sum().backward()
+    assert network.layers[-1].bias.grad.tolist() == [256] * 3
 
 
 @pytest.mark.parametrize("upsample", UPSAMPLE)
@@ -101,9 +120,10 @@ def test_generator_refuses_sides_it_would_change(height, width):
 
 
 @pytest.mark.parametrize("upsample", UPSAMPLE)
+@pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("height", "width"), [(32, 48), (33, 50), (31, 47), (5, 64), (8, 8)])
-def test_translator_keeps_size_and_range(upsample, height, width):
-    network = generator(upsample)
+def test_translator_keeps_size_and_range(upsample, residual, height, width):
+    network = generator(upsample, residual=residual)
     torch.nn.init.normal_(network.layers[-1].weight, 0, 10)  # saturates the tanh
     result = Translator(network)(torch.rand(2, 3, height, width))
     assert result.shape == (2, 3, height, width)
