@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -33,9 +32,6 @@ class GeneratorConfig(Config):
     upsample: Literal["transposed", "bilinear"] = Field(
         "transposed", description="transposed: the paper's; bilinear: resize then convolve, no checkerboard"
     )
-    norm: Literal["instance", "none"] = Field(
-        "instance", description="none: nothing in a picture changes how the rest is painted, for short trainings"
-    )
     residual: bool = Field(
         False,
         description="paint the change of the picture: begins as the identity, for short trainings",
@@ -46,26 +42,23 @@ class ResnetGenerator(nn.Module):
     """CycleGAN's generator (Zhu et al., ICCV 2017, appendix 7.2): c7s1-w, d2w, d4w, R4w x blocks, u2w, uw, c7s1-3.
 
     Reflection padding, instance norm without parameters, ReLU, tanh at the end. Weights from N(0, 0.02), biases zero.
-    Without norms the hidden convolutions begin with weights that keep the size of their input (He et al., ICCV 2015).
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
         super().__init__()
         self.config = config
-        width, norm = config.width, {"instance": _InstanceNorm, "none": nn.Identity}[config.norm]
+        width = config.width
         up = {"transposed": _transposed, "bilinear": _bilinear}[config.upsample]
         self.layers = nn.Sequential(
-            *(_reflected(3, width, 7), norm(width), nn.ReLU()),
-            *(_halved(width, 2 * width), norm(2 * width), nn.ReLU()),
-            *(_halved(2 * width, 4 * width), norm(4 * width), nn.ReLU()),
-            *(_Residual(4 * width, norm) for _ in range(config.blocks)),
-            *(up(4 * width, 2 * width), norm(2 * width), nn.ReLU()),
-            *(up(2 * width, width), norm(width), nn.ReLU()),
+            *_normed(_reflected(3, width, 7), width),
+            *_normed(_halved(width, 2 * width), 2 * width),
+            *_normed(_halved(2 * width, 4 * width), 4 * width),
+            *(_Residual(4 * width) for _ in range(config.blocks)),
+            *_normed(up(4 * width, 2 * width), 2 * width),
+            *_normed(up(2 * width, width), width),
             _reflected(width, 3, 7, bias=True),
         )
         self.apply(init_gan)
-        if config.norm == "none":
-            self.layers[:-1].apply(_init_he)
 
     def forward(self, image: Tensor) -> Tensor:
         """Repaint RGB [B, 3, H, W] in [-1, 1]; the result is float32 of the same size.
@@ -150,12 +143,11 @@ def _missing(side: int) -> int:
     return max(SMALLEST - side, -side % STRIDE)
 
 
-# The convolutions below have no bias where a norm follows: instance norm would subtract it again.
+# The convolutions below have no bias where an instance norm follows, which would subtract it again.
 
 
-def _init_he(module: nn.Module) -> None:
-    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+def _normed(convolution: nn.Module, channels: int) -> tuple[nn.Module, ...]:
+    return convolution, nn.InstanceNorm2d(channels), nn.ReLU()
 
 
 def _reflected(before: int, after: int, kernel: int, bias: bool = False) -> nn.Module:
@@ -191,10 +183,10 @@ class _InstanceNorm(nn.InstanceNorm2d):
 class _Residual(nn.Module):
     """x + norm(conv(relu(norm(conv(x)))))."""
 
-    def __init__(self, width: int, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
         first, second = _reflected(width, width, 3), _reflected(width, width, 3)
-        self.body = nn.Sequential(first, norm(width), nn.ReLU(), second, norm(width))
+        self.body = nn.Sequential(*_normed(first, width), second, _InstanceNorm(width))
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = x + self.body(x)

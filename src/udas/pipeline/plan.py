@@ -27,7 +27,6 @@ NEUTRAL: dict[str, Any] = {
     "average": "logits",
     "semantic": 0.0,
     "horizon": None,
-    "norm": "instance",
 }
 """Settings that joined format 1 later, with the value that changes nothing: there fingerprints leave them out."""
 
