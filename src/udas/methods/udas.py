@@ -27,7 +27,7 @@ class UDASConfig(MethodConfig):
     optimiser: OptimiserConfig = OptimiserConfig()
     critic_optimiser: CriticOptimiser = CriticOptimiser()
     adversarial: float = Field(0.001, ge=0, description="lambda_adv, weight of the output-space adversary; 0 = none")
-    cutmix: float = Field(0.5, ge=0, description="lambda_cm, weight of domain CutMix; used when real labels exist")
+    cutmix: float = Field(0.5, ge=0, description="lambda_cm, weight of domain CutMix, used when real labels exist; 0 = none")
     source: float = Field(1.0, ge=0, description="weight of L_seg on pure synthetic pictures; 0 = mixed pictures only")
     labelled: float = Field(0.0, ge=0, description="weight of plain cross-entropy on the labelled real pictures")
     jitter: float = Field(0.4, ge=0, le=1, description="brightness, contrast and colour range of mixed pictures")
@@ -57,8 +57,8 @@ class UDAS(SegmentationMethod[UDASConfig]):
 
     def __init__(self, config: UDASConfig, task: Task) -> None:
         super().__init__(config, task, config.average)
-        if not config.source and Stream.LABELLED not in task.streams:
-            raise ConfigError("source: 0 leaves nothing to learn from: there are no labelled real pictures to mix in")
+        if not config.source and not (config.cutmix and Stream.LABELLED in task.streams):
+            raise ConfigError("source: 0 leaves nothing to learn from: no labelled real pictures are mixed in")
         outputs, classes = self.segmenter.decoder.num_levels, len(task.taxonomy.classes)
         seen = partial(evidence, temperature=config.temperature, confidence=config.confidence)
         self.critics = OutputAdversary(outputs, classes, seen, config.gan, config.critic)
@@ -80,7 +80,7 @@ class UDAS(SegmentationMethod[UDASConfig]):
         with self.update("segmenter") as minimise:
             if self.config.source:
                 real = self._learn(minimise, source, self.config.source, "source")
-            if labelled is not None:
+            if labelled is not None and self.config.cutmix:
                 mixed = domain_cutmix(source, labelled, self.config.jitter)
                 real = self._learn(minimise, mixed, self.config.cutmix, "cutmix")
             if labelled is not None and self.config.labelled:
