@@ -159,6 +159,12 @@ class MethodConfig(Config):
     name: str
 
 
+class SegmentationConfig(MethodConfig):
+    """Base of the settings of methods that train one segmentation network."""
+
+    optimiser: OptimiserConfig = OptimiserConfig()
+
+
 # ------------------------------------------------------------------------------------------------ reading YAML
 
 

@@ -7,17 +7,16 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig
+from udas.config import SegmentationConfig
 from udas.data.batch import Batch, Stream
 from udas.methods.adversary import FAKE, REAL, CriticOptimiser, Gan, OutputAdversary, detached, softmax
 from udas.methods.base import Optimised, SegmentationMethod, Task
 from udas.methods.domains import LABELLED_DOMAINS, labelled_domain, supervise
 
 
-class OutputSpaceConfig(MethodConfig):
+class OutputSpaceConfig(SegmentationConfig):
     """What AdaptSegNet and AdvEnt can be told. The network decides the levels: a name in `_multi` has two outputs."""
 
-    optimiser: OptimiserConfig = OptimiserConfig()
     critic_optimiser: CriticOptimiser = CriticOptimiser()
     auxiliary: float = Field(0.1, ge=0, description="lambda_seg of the auxiliary output, where the network has one")
     adversarial: float = Field(1e-3, gt=0, description="lambda_adv of the main output")
@@ -48,7 +47,7 @@ class AdaptSegNet(SegmentationMethod[OutputSpaceConfig]):
     where l is binary cross-entropy (vanilla) or the squared distance (least_squares).
     """
 
-    settings: ClassVar[type[MethodConfig]] = AdaptSegNetConfig
+    settings: ClassVar[type[OutputSpaceConfig]] = AdaptSegNetConfig
     needs = frozenset({Stream.UNLABELLED})
     optional = LABELLED_DOMAINS | {Stream.LABELLED}
 
@@ -66,10 +65,7 @@ class AdaptSegNet(SegmentationMethod[OutputSpaceConfig]):
 
     def optimised(self) -> dict[str, Optimised]:
         """One optimiser for the segmenter, one for the critics of its outputs."""
-        return {
-            "segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser),
-            "critic": Optimised.module(self.critics, self.config.critic_optimiser),
-        }
+        return super().optimised() | {"critic": Optimised.module(self.critics, self.config.critic_optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Train the segmenter against the present critics, then the critics on its detached predictions."""

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Generic, Literal, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from udas.config import MethodConfig, OptimiserConfig
+from udas.config import MethodConfig, OptimiserConfig, SegmentationConfig
 from udas.data.batch import Batch, Stream
 from udas.networks.ensemble import Ensemble
 from udas.networks.segmenters import Segmenter
@@ -139,13 +139,20 @@ class Method(nn.Module, ABC, Generic[C]):
         return {}
 
 
-class SegmentationMethod(Method[C]):
+S = TypeVar("S", bound=SegmentationConfig)
+
+
+class SegmentationMethod(Method[S]):
     """Base of the methods that train one segmentation network, with an optional running average of its weights."""
 
-    def __init__(self, config: C, task: Task, average: float | None = None) -> None:
+    def __init__(self, config: S, task: Task, average: float | None = None) -> None:
         super().__init__(config, task)
         self.segmenter = task.segmenter()
         self.average = Average(self.segmenter, average) if average else None
+
+    def optimised(self) -> dict[str, Optimised]:
+        """One optimiser, for the network; methods with more players add theirs."""
+        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
 
     def model(self) -> Segmenter:
         """The averaged network where an average is kept, else the trained one."""

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from udas.config import Config, MethodConfig, OptimiserConfig, Share
+from udas.config import Config, SegmentationConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.mixing import channel_dropout, inside_picture
 from udas.data.sampling import seed_of
@@ -41,11 +41,10 @@ class Decoders(Config):
     adversarial: int = Field(1, ge=0, description="I-VAT: a step in the direction that changes the prediction most")
 
 
-class CCTConfig(MethodConfig):
+class CCTConfig(SegmentationConfig):
     """Settings of cross-consistency training."""
 
     name: Literal["cct"] = "cct"
-    optimiser: OptimiserConfig = OptimiserConfig()
     decoders: Decoders = Decoders()
     foreground: list[str] = Field(
         default_factory=list, description="classes that are objects, for cutout, context and objects"

@@ -9,21 +9,20 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.config import SegmentationConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.masks import box_masks
 from udas.data.mixing import inside_picture, partners, paste, strong
 from udas.losses import masked_mean
-from udas.methods.base import Average, Optimised, SegmentationMethod, Task
+from udas.methods.base import Average, SegmentationMethod, Task
 from udas.methods.domains import supervise
 from udas.networks.segmenters import Segmenter
 
 
-class CutMixSegConfig(MethodConfig):
+class CutMixSegConfig(SegmentationConfig):
     """Settings of CutMix-Seg."""
 
     name: Literal["cutmixseg"] = "cutmixseg"
-    optimiser: OptimiserConfig = OptimiserConfig()
     consistency: float = Field(1.0, ge=0, description="weight of L_cons")
     mask: Literal["cutmix", "cutout"] = Field(
         "cutmix", description="the box shows another picture; or it is blank and does not count"
@@ -95,10 +94,6 @@ class CutMixSeg(SegmentationMethod[CutMixSegConfig]):
     def smallest_batch(self) -> dict[Stream, int]:
         """Two unlabelled pictures for a box of another one."""
         return {Stream.UNLABELLED: 2} if self.config.mask == "cutmix" else {}
-
-    def optimised(self) -> dict[str, Optimised]:
-        """One optimiser, for the student."""
-        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Train the student on labels and on mixed pictures; then the teacher follows."""

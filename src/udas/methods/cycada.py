@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.config import SegmentationConfig, Share
 from udas.data.batch import Batch, Stream
 from udas.losses import cross_entropy, outputs_cross_entropy
 from udas.methods.adversary import CriticOptimiser
@@ -20,11 +20,10 @@ from udas.networks.segmenters import Outputs
 SOURCE, TARGET = 1, 0  # the critic's two classes
 
 
-class CyCADAConfig(MethodConfig):
+class CyCADAConfig(SegmentationConfig):
     """Settings of CyCADA's alignment; the repainting before it is `cyclegan` with a `semantic` weight."""
 
     name: Literal["cycada"] = "cycada"
-    optimiser: OptimiserConfig = OptimiserConfig()
     critic_optimiser: CriticOptimiser = CriticOptimiser()
     adversarial: float = Field(0.1, ge=0, description="lambda_g, weight of the adversary")
     evidence: Literal["scores", "features"] = Field(
@@ -68,10 +67,7 @@ class CyCADA(SegmentationMethod[CyCADAConfig]):
 
     def optimised(self) -> dict[str, Optimised]:
         """One optimiser for the segmenter, one for the critic."""
-        return {
-            "segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser),
-            "critic": Optimised.module(self.critic, self.config.critic_optimiser),
-        }
+        return super().optimised() | {"critic": Optimised.module(self.critic, self.config.critic_optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Train the critic, then the segmenter against it; both use the same passes of the segmenter."""

@@ -8,22 +8,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.config import SegmentationConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.masks import classmix_masks
 from udas.data.mixing import inside_picture, paste, strong
 from udas.losses import outputs_cross_entropy
-from udas.methods.base import Average, Optimised, SegmentationMethod, Task
+from udas.methods.base import Average, SegmentationMethod, Task
 from udas.networks.segmenters import Segmenter
 
 BLUR = (0.15, 1.15)  # pixels; released code
 
 
-class DACSConfig(MethodConfig):
+class DACSConfig(SegmentationConfig):
     """Settings of cross-domain mixed sampling."""
 
     name: Literal["dacs"] = "dacs"
-    optimiser: OptimiserConfig = OptimiserConfig()
     consistency: float = Field(1.0, ge=0, description="weight of L_u, the loss on mixed pictures")
     threshold: Share = Field(0.968, description="tau; q is the share of a picture's pixels with a confidence above it")
     decay: float = Field(0.99, gt=0, lt=1, description="alpha, the decay of the mean teacher")
@@ -61,10 +60,6 @@ class DACS(SegmentationMethod[DACSConfig]):
     def model(self) -> Segmenter:
         """What `keep` says; the published scores are the student's."""
         return self.teacher.module if self.config.keep == "teacher" else self.segmenter
-
-    def optimised(self) -> dict[str, Optimised]:
-        """One optimiser, for the student."""
-        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Train the student on source and on mixed pictures; then the teacher follows."""

@@ -7,20 +7,19 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig
+from udas.config import SegmentationConfig
 from udas.data.batch import Batch, Block, Stream
 from udas.data.randaugment import draw_strong, unchanged
 from udas.losses import cross_entropy, distillation
-from udas.methods.base import Optimised, SegmentationMethod, Task
+from udas.methods.base import SegmentationMethod, Task
 from udas.methods.domains import supervise
 from udas.methods.frozen import Frozen
 
 
-class DistilConfig(MethodConfig):
+class DistilConfig(SegmentationConfig):
     """Settings of the distillation."""
 
     name: Literal["distil"] = "distil"
-    optimiser: OptimiserConfig = OptimiserConfig()
     pseudo: float = Field(1.0, ge=0, description="weight of the cross-entropy on pseudo-labels")
     distillation: float = Field(1.0, ge=0, description="beta, weight of L_kd")
     labelled: float = Field(1.0, ge=0, description="weight of the cross-entropy on labelled real pictures, if given")
@@ -45,10 +44,6 @@ class Distil(SegmentationMethod[DistilConfig]):
     def __init__(self, config: DistilConfig, task: Task) -> None:
         super().__init__(config, task)
         self.teacher = Frozen(task)
-
-    def optimised(self) -> dict[str, Optimised]:
-        """One optimiser, for the student."""
-        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Learn source labels, pseudo-labels and the teacher's probabilities."""

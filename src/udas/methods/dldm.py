@@ -7,19 +7,18 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig
+from udas.config import SegmentationConfig
 from udas.data.batch import Batch, Block, Stream
 from udas.losses import kl_divergence
-from udas.methods.base import Optimised, SegmentationMethod, Task
+from udas.methods.base import SegmentationMethod, Task
 from udas.methods.domains import supervise
 from udas.methods.frozen import Frozen
 
 
-class DLDMConfig(MethodConfig):
+class DLDMConfig(SegmentationConfig):
     """Settings of the student of dual-level domain mixing."""
 
     name: Literal["dldm"] = "dldm"
-    optimiser: OptimiserConfig = OptimiserConfig()
     distillation: float = Field(0.5, gt=0, description="weight of the divergence from the mean of the teachers")
     labelled: float = Field(1.0, ge=0, description="weight of the cross-entropy on labelled real pictures")
     pseudo: float = Field(1.0, ge=0, description="weight of the cross-entropy on pseudo-labelled pictures, where given")
@@ -47,10 +46,6 @@ class DLDM(SegmentationMethod[DLDMConfig]):
     def __init__(self, config: DLDMConfig, task: Task) -> None:
         super().__init__(config, task)
         self.teachers = Frozen(task)
-
-    def optimised(self) -> dict[str, Optimised]:
-        """One optimiser, for the student."""
-        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Learn real labels and what the teachers make of unlabelled pictures."""

@@ -8,19 +8,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.config import SegmentationConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.fourier import swap_amplitude
 from udas.data.mixing import inside_picture
 from udas.losses import masked_mean, outputs_cross_entropy, robust_entropy
-from udas.methods.base import Minimise, Optimised, SegmentationMethod, Task
+from udas.methods.base import Minimise, SegmentationMethod, Task
 
 
-class FDAConfig(MethodConfig):
+class FDAConfig(SegmentationConfig):
     """Settings of Fourier domain adaptation."""
 
     name: Literal["fda"] = "fda"
-    optimiser: OptimiserConfig = OptimiserConfig()
     beta: Share = Field(0.01, description="beta, size of the swapped window of low frequencies; 0 = no change of style")
     entropy: float = Field(0.005, ge=0, description="lambda_ent, weight of the entropy of the target; 0 = none")
     eta: float = Field(2.0, gt=0, description="eta, power of the robust penalty on the entropy")
@@ -49,10 +48,6 @@ class FDA(SegmentationMethod[FDAConfig]):
         super().__init__(config, task, config.average)
         self.steps_done: Tensor
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
-
-    def optimised(self) -> dict[str, Optimised]:
-        """One optimiser, for the segmenter."""
-        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Minimise the cross-entropy on restyled source pictures and the penalty on the target's entropy."""

@@ -9,22 +9,21 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.config import SegmentationConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.masks import sized_boxes
 from udas.data.mixing import inside_picture, partners, paste, strong
 from udas.losses import outputs_cross_entropy
-from udas.methods.base import Minimise, Optimised, SegmentationMethod
+from udas.methods.base import Minimise, SegmentationMethod
 from udas.methods.domains import supervise
 from udas.networks.segmenters import Segmenter
 
 HALF = 0.5  # the published sum of supervised and unsupervised losses is halved
 
 
-class WeakToStrongConfig(MethodConfig):
+class WeakToStrongConfig(SegmentationConfig):
     """What FixMatch and UniMatch share."""
 
-    optimiser: OptimiserConfig = OptimiserConfig()
     threshold: Share = Field(0.95, description="tau, confidence from which a pseudo-label counts; Cityscapes: 0")
     cutmix: Share = Field(0.5, description="probability that a box of another picture is pasted on a strong view")
     share: tuple[Share, Share] = Field((0.02, 0.4), description="area of that box as a share of the picture: from, to")
@@ -72,10 +71,6 @@ class FixMatch(SegmentationMethod[FixMatchConfig]):
     def smallest_batch(self) -> dict[Stream, int]:
         """Two unlabelled pictures for a box of another one."""
         return {Stream.UNLABELLED: 2} if self.config.cutmix else {}
-
-    def optimised(self) -> dict[str, Optimised]:
-        """One optimiser, for the segmenter."""
-        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Learn labels, and pseudo-labels on strong views."""

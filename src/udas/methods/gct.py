@@ -10,7 +10,7 @@ from kornia.filters import gaussian_blur2d
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.config import SegmentationConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.mixing import inside_picture
 from udas.errors import ConfigError
@@ -26,11 +26,10 @@ FLAWLESS = 0.1  # a map that stays below has no flaw; released code
 TINY = 1e-9  # keeps the scaling of a flat map finite; released code
 
 
-class GCTConfig(MethodConfig):
+class GCTConfig(SegmentationConfig):
     """Settings of guided collaborative training."""
 
     name: Literal["gct"] = "gct"
-    optimiser: OptimiserConfig = OptimiserConfig()
     detector_optimiser: CriticOptimiser = CriticOptimiser()
     consistency: float = Field(100.0, ge=0, description="lambda_dc, weight of the dynamic consistency L_dc")
     correction: float = Field(1.0, ge=0, description="lambda_fc, weight of the flaw correction L_fc")

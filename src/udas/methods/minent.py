@@ -7,19 +7,18 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from udas.config import MethodConfig, OptimiserConfig
+from udas.config import SegmentationConfig
 from udas.data.batch import Batch, Stream
 from udas.data.mixing import inside_picture
 from udas.losses import entropy, masked_mean
-from udas.methods.base import Optimised, SegmentationMethod, Task
+from udas.methods.base import SegmentationMethod, Task
 from udas.methods.domains import LABELLED_DOMAINS, labelled_domain, supervise
 
 
-class MinEntConfig(MethodConfig):
+class MinEntConfig(SegmentationConfig):
     """Settings of MinEnt. The network decides the levels: one whose name ends in `_multi` has two outputs."""
 
     name: Literal["minent"] = "minent"
-    optimiser: OptimiserConfig = OptimiserConfig()
     auxiliary: float = Field(0.1, ge=0, description="lambda_seg of the auxiliary output, where the network has one")
     entropy: float = Field(1e-3, gt=0, description="lambda_ent of the main output")
     entropy_auxiliary: float = Field(2e-4, ge=0, description="lambda_ent of the auxiliary output")
@@ -46,10 +45,6 @@ class MinEnt(SegmentationMethod[MinEntConfig]):
         self.domain = labelled_domain(task)
         outputs = self.segmenter.decoder.num_levels
         self.lambda_ent = [config.entropy] + [config.entropy_auxiliary] * (outputs - 1)
-
-    def optimised(self) -> dict[str, Optimised]:
-        """One optimiser, for the segmenter."""
-        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Minimise the cross-entropy on labels and the entropy of target predictions."""

@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.config import SegmentationConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.errors import ConfigError
 from udas.losses import balanced_cross_entropy, kl_divergence
@@ -21,11 +21,10 @@ from udas.networks.segmenters import Segmenter
 MOMENTUM = 0.9  # of the memory of how often classes are there
 
 
-class MRNetConfig(MethodConfig):
+class MRNetConfig(SegmentationConfig):
     """Settings of MRNet."""
 
     name: Literal["mrnet"] = "mrnet"
-    optimiser: OptimiserConfig = OptimiserConfig()
     critic_optimiser: CriticOptimiser = CriticOptimiser()
     auxiliary: float = Field(0.5, ge=0, description="lambda_seg of the auxiliary output")
     fusion: float = Field(0.5, ge=0, description="weight of the auxiliary logits in the fused prediction m")
@@ -73,7 +72,7 @@ class MRNet(SegmentationMethod[MRNetConfig]):
 
     def optimised(self) -> dict[str, Optimised]:
         """One optimiser for the segmenter and, with an adversary, one for the critics of its outputs."""
-        players = {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
+        players = super().optimised()
         if self.config.adversarial:
             players["critic"] = Optimised.module(self.critics, self.config.critic_optimiser)
         return players

@@ -9,22 +9,21 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig
+from udas.config import SegmentationConfig
 from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.mixing import inside_picture
 from udas.data.randaugment import draw_strong, unchanged
 from udas.losses import distillation, symmetric_cross_entropy, uniformity
-from udas.methods.base import Average, Optimised, SegmentationMethod, Task
+from udas.methods.base import Average, SegmentationMethod, Task
 from udas.methods.domains import supervise
 from udas.methods.frozen import Frozen
 from udas.methods.prototypes import Prototypes, fitting_prototypes, label_at
 
 
-class ProDAConfig(MethodConfig):
+class ProDAConfig(SegmentationConfig):
     """Settings of ProDA's stage 1."""
 
     name: Literal["proda"] = "proda"
-    optimiser: OptimiserConfig = OptimiserConfig()
     alpha: float = Field(0.1, ge=0, description="alpha, weight of the cross-entropy in L_sce")
     beta: float = Field(1.0, ge=0, description="beta, weight of the reversed cross-entropy in L_sce")
     structure: float = Field(10.0, ge=0, description="gamma_1, weight of L_kl, the consistency of feature structure")
@@ -87,10 +86,6 @@ class ProDA(SegmentationMethod[ProDAConfig]):
         self.averaged = Average(self.segmenter, config.momentum, buffers="copy", norm=config.averaged_norm)
         vectors = fitting_prototypes(task.prototypes, self.segmenter.classes, self.segmenter.decoder.channels)
         self.prototypes = Prototypes(vectors, config.temperature, config.decay, config.minimum)
-
-    def optimised(self) -> dict[str, Optimised]:
-        """One optimiser, for the segmenter."""
-        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Learn source labels, denoised pseudo-labels and structure; then move prototypes and average."""

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.config import SegmentationConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.masks import cutout_masks
 from udas.data.mixing import inside_picture, jitter
@@ -20,11 +20,10 @@ from udas.methods.domains import supervise
 from udas.networks.self_attention import SelfAttentionGradCAM
 
 
-class PseudoSegConfig(MethodConfig):
+class PseudoSegConfig(SegmentationConfig):
     """Settings of PseudoSeg."""
 
     name: Literal["pseudoseg"] = "pseudoseg"
-    optimiser: OptimiserConfig = OptimiserConfig()
     consistency: float = Field(1.0, ge=0, description="weight of L_u, the loss on unlabelled pictures")
     source: float = Field(1.0, ge=0, description="weight of the cross-entropy on synthetic pictures, if given")
     gamma: Share = Field(0.5, description="gamma, share of the decoder in the fused labels; the rest is SGC's")

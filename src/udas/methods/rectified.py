@@ -7,19 +7,18 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.config import SegmentationConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.losses import rectified_cross_entropy
-from udas.methods.base import Optimised, SegmentationMethod, Task
+from udas.methods.base import SegmentationMethod, Task
 from udas.methods.domains import supervise
 from udas.methods.mrnet import ClassBalance, require_two_outputs
 
 
-class RectifiedConfig(MethodConfig):
+class RectifiedConfig(SegmentationConfig):
     """Settings of training on rectified pseudo-labels."""
 
     name: Literal["rectified"] = "rectified"
-    optimiser: OptimiserConfig = OptimiserConfig()
     auxiliary: float = Field(0.5, ge=0, description="lambda_seg of the auxiliary output")
     rare_weight: float = Field(7.0, ge=1, description="weight of a class that is rare in the batch; 1 = no balancing")
     rare_share: Share = Field(1 / 32, description="a class with a smaller share of the batch's pixels is rare")
@@ -43,10 +42,6 @@ class Rectified(SegmentationMethod[RectifiedConfig]):
         super().__init__(config, task)
         require_two_outputs(self.segmenter, config.name)
         self.balance = ClassBalance(len(task.taxonomy.classes), config.rare_weight, config.rare_share)
-
-    def optimised(self) -> dict[str, Optimised]:
-        """One optimiser, for the segmenter."""
-        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Minimise the rectified loss on pseudo-labels, and plain cross-entropy on real labels where given."""

@@ -8,19 +8,18 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from udas.config import MethodConfig, OptimiserConfig
+from udas.config import SegmentationConfig
 from udas.data.batch import Batch, Block, Stream
 from udas.data.masks import cutmix_boxes
 from udas.data.mixing import paste
-from udas.methods.base import Optimised, SegmentationMethod
+from udas.methods.base import SegmentationMethod
 from udas.methods.domains import supervise
 
 
-class RegionMixConfig(MethodConfig):
+class RegionMixConfig(SegmentationConfig):
     """Settings of region-level domain mixing."""
 
     name: Literal["region_mix"] = "region_mix"
-    optimiser: OptimiserConfig = OptimiserConfig()
     pseudo: float = Field(1.0, ge=0, description="weight of mixed pictures whose real part has pseudo-labels")
     auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
 
@@ -39,10 +38,6 @@ class RegionMix(SegmentationMethod[RegionMixConfig]):
     settings = RegionMixConfig
     needs = frozenset({Stream.SOURCE, Stream.LABELLED})
     optional = frozenset({Stream.PSEUDO})
-
-    def optimised(self) -> dict[str, Optimised]:
-        """One optimiser, for the segmenter."""
-        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Minimise the cross-entropy on real pictures that hold a box of a synthetic one."""

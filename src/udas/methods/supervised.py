@@ -8,19 +8,18 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.config import SegmentationConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.mixing import strong
 from udas.errors import ConfigError
 from udas.losses import outputs_cross_entropy
-from udas.methods.base import Optimised, SegmentationMethod, Task
+from udas.methods.base import SegmentationMethod, Task
 
 
-class SupervisedConfig(MethodConfig):
+class SupervisedConfig(SegmentationConfig):
     """Settings of supervised training."""
 
     name: Literal["supervised"] = "supervised"
-    optimiser: OptimiserConfig = OptimiserConfig()
     weights: dict[Stream, float] = Field(default_factory=dict, description="weight of a stream's loss; 1 if not named")
     class_weights: dict[str, float] = Field(default_factory=dict, description="w_c of a class by name; 1 if not named")
     hard_share: Share = Field(1.0, description="share of hardest pixels that count (OHEM); 1 = all")
@@ -45,10 +44,6 @@ class Supervised(SegmentationMethod[SupervisedConfig]):
         super().__init__(config, task, config.average)
         self.class_weight: Tensor
         self.register_buffer("class_weight", class_weights(config.class_weights, task))
-
-    def optimised(self) -> dict[str, Optimised]:
-        """One optimiser, for the segmenter."""
-        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Minimise the weighted sum of the streams' cross-entropies."""

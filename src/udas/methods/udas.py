@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import MethodConfig, OptimiserConfig, Share
+from udas.config import SegmentationConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.masks import cutmix_boxes
 from udas.data.mixing import jitter, paste
@@ -20,14 +20,15 @@ from udas.methods.adversary import FAKE, REAL, Critic, CriticOptimiser, Gan, Out
 from udas.methods.base import Minimise, Optimised, SegmentationMethod, Task
 
 
-class UDASConfig(MethodConfig):
+class UDASConfig(SegmentationConfig):
     """Settings of the UDAS teacher."""
 
     name: Literal["udas"] = "udas"
-    optimiser: OptimiserConfig = OptimiserConfig()
     critic_optimiser: CriticOptimiser = CriticOptimiser()
     adversarial: float = Field(0.001, ge=0, description="lambda_adv, weight of the output-space adversary; 0 = none")
-    cutmix: float = Field(0.5, ge=0, description="lambda_cm, weight of domain CutMix, used when real labels exist; 0 = none")
+    cutmix: float = Field(
+        0.5, ge=0, description="lambda_cm, weight of domain CutMix, used when real labels exist; 0 = none"
+    )
     source: float = Field(1.0, ge=0, description="weight of L_seg on pure synthetic pictures; 0 = mixed pictures only")
     labelled: float = Field(0.0, ge=0, description="weight of plain cross-entropy on the labelled real pictures")
     jitter: float = Field(0.4, ge=0, le=1, description="brightness, contrast and colour range of mixed pictures")
@@ -66,10 +67,7 @@ class UDAS(SegmentationMethod[UDASConfig]):
 
     def optimised(self) -> dict[str, Optimised]:
         """One optimiser for the segmenter, one for the critics of its outputs."""
-        return {
-            "segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser),
-            "critic": Optimised.module(self.critics, self.config.critic_optimiser),
-        }
+        return super().optimised() | {"critic": Optimised.module(self.critics, self.config.critic_optimiser)}
 
     def step(self, batch: Batch) -> None:
         """Train the segmenter against the present critics, then the critics on its detached predictions."""
