@@ -48,6 +48,14 @@ def test_text_is_never_cut():
     assert all(title in table(rows) for title, _ in rows)
 
 
+def test_classes_of_many_results_stay_within_a_terminal():
+    lines = table([(str(k), result(miou=k / 100)) for k in range(1, 21)]).splitlines()
+    heads = [line.split()[1:] for line in lines if line.startswith("IoU")]
+    assert [number for head in heads for number in head] == [str(k) for k in range(1, 21)]
+    assert sum(line.startswith("road") for line in lines) == len(heads) == 3
+    assert max(len(line) for line in lines if line.startswith(("IoU", "road", "sky"))) <= 80
+
+
 def test_different_protocols_are_said_line_by_line():
     text = table([("a", result()), ("b", result(protocol="hrda: windows"))])
     assert "a: 500 pictures; whole: whole picture" in text

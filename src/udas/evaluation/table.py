@@ -21,6 +21,7 @@ Row = tuple[str, Mapping[str, Any]]
 """Title, and the content of its `evaluation.json`, with `steps` and `seconds_per_step` where the training is known."""
 
 _ABSENT = "-"
+_COLUMNS = 9  # results beside each other in text: with the names of classes 80 characters
 _OVERALL = ("mIoU", "95 % interval", "pixel accuracy", "steps", "s/step")
 
 
@@ -72,19 +73,25 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 def _text(rows: Sequence[Row]) -> str:
     """Overall figures line by line, then the classes with a numbered column per result: fits a terminal."""
     classes = _classes(rows)
-    overall = Table("", "", *_OVERALL, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    by_class = Table(
-        "IoU", *(str(number) for number in range(1, len(rows) + 1)), box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
-    )
-    cells = [_cells(result, classes) for _, result in rows]
-    for number, ((title, _), cell) in enumerate(zip(rows, cells, strict=True), 1):
-        overall.add_row(str(number), Text(title), *(cell[name] for name in _OVERALL))
-    for name in classes:
-        by_class.add_row(Text(name), *(cell[name] for cell in cells))
-    for grid, first in ((overall, 2), (by_class, 1)):
-        for column in grid.columns[first:]:
-            column.justify = "right"
-    return "\n".join([*_drawn(overall), "", *_drawn(by_class), "", *_notes(rows)]) + "\n"
+    cells = [(str(number), _cells(result, classes)) for number, (_, result) in enumerate(rows, 1)]
+    overall = _grid("", "", *_OVERALL, left=2)
+    for (number, cell), (title, _) in zip(cells, rows, strict=True):
+        overall.add_row(number, Text(title), *(cell[name] for name in _OVERALL))
+    grids = [overall]
+    for first in range(0, len(rows), _COLUMNS):
+        block = cells[first : first + _COLUMNS]
+        grids.append(_grid("IoU", *(number for number, _ in block), left=1))
+        for name in classes:
+            grids[-1].add_row(Text(name), *(cell[name] for _, cell in block))
+    return "\n".join([line for grid in grids for line in [*_drawn(grid), ""]] + _notes(rows)) + "\n"
+
+
+def _grid(*head: str, left: int) -> Table:
+    """A table whose columns are right-aligned but for the first `left`."""
+    grid = Table(*head, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in grid.columns[left:]:
+        column.justify = "right"
+    return grid
 
 
 def _drawn(grid: Table) -> list[str]:
