@@ -73,7 +73,7 @@ def test_markdown_has_one_line_per_result():
     assert lines[0] == "|  | mIoU | 95 % interval | pixel accuracy | steps | s/step | road | sky | train | bus |"
     assert lines[2] == "| source [only] | 45.7 | 44.0 to 47.0 | 90.0 | - | - | 91.3 | 0.0 | - | - |"
     assert lines[3].startswith("| udas \\| ours | 50.0 |")
-    assert "| 3000 | 0.35 | 100.0 |" in lines[3]
+    assert "| 3000 | 0.348 | 100.0 |" in lines[3]
     assert lines[5] == "* 500 pictures; whole: whole picture"
 
 

@@ -54,7 +54,7 @@ def _cells(result: Mapping[str, Any], classes: Sequence[str]) -> dict[str, str]:
         "95 % interval": f"{_percent(low)} to {_percent(high)}",
         "pixel accuracy": _percent(result["pixel_accuracy"]),
         "steps": str(result.get("steps", _ABSENT)),
-        "s/step": _ABSENT if (seconds := result.get("seconds_per_step")) is None else f"{seconds:.2g}",
+        "s/step": _ABSENT if (seconds := result.get("seconds_per_step")) is None else f"{seconds:.3g}",
         **{name: _percent(result["iou"].get(name)) for name in classes},
     }
 
