@@ -30,7 +30,7 @@ from udas.pipeline.config import RunConfig, uses
 from udas.pipeline.context import Context
 from udas.pipeline.estimate import estimate
 from udas.pipeline.plan import Action, Planned, plan, read_manifest
-from udas.reporting.html import write_report
+from udas.reporting.html import render
 from udas.reporting.read import Run, Stage, read_runs
 from udas.storage import remove_leftovers, write_atomically
 from udas.training.runtime import Runtime
@@ -87,13 +87,14 @@ def prepare_cache(config: RunConfig, folder: Path, runtime: Runtime, console: Co
 
 def write_results(folder: Path) -> Path:
     """Table files (`results.txt`, `.json`, `.csv`, `.md`) and the HTML report of a run folder."""
-    save_tables(evaluations(folder), folder / "results")
-    return write_report([folder], folder / "report.html")
-
-
-def evaluations(folder: Path) -> list[tuple[str, dict[str, Any]]]:
-    """(title, evaluation.json and what training took) of every finished evaluation, in the order of a run's stages."""
     [run] = read_runs([folder])
+    save_tables(_evaluations(run), folder / "results")
+    write_atomically(folder / "report.html", render([run]).encode())
+    return folder / "report.html"
+
+
+def _evaluations(run: Run) -> list[tuple[str, dict[str, Any]]]:
+    """(title, evaluation.json and what training took) of every finished evaluation, in the order of a run's stages."""
     done = [stage for stage in run.stages if stage.evaluation and stage.manifest.state == "done"]
     stages = {stage.manifest.stage: stage for stage in done}
     order = [stages[name] for name in run.config["stages"] if name in stages]
