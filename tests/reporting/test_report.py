@@ -34,7 +34,7 @@ from udas.errors import RunError
 from udas.reporting import write_report
 from udas.reporting.pictures import WIDTH, class_map, confidence_map
 from udas.reporting.plots import POINTS, thin
-from udas.reporting.read import read_runs
+from udas.reporting.read import Budget, read_runs
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +137,18 @@ def test_stages_come_in_order_with_duration_and_what_they_used(page: str) -> Non
         "1 h 12 min",
     ]
     assert all(text in page for text in ("NVIDIA L4", "2.11.0", "streets_camera"))
+
+
+def test_the_steps_of_a_model_are_those_of_all_trainings_behind_it(tmp_path: Path) -> None:
+    add_train(tmp_path, "teacher", 0.5, steps=300)
+    add_train(tmp_path, "student", 0.6, steps=600, uses={"start": "teacher"})
+    add_evaluation(tmp_path, "student", 0.2)
+    add_evaluation(tmp_path, "both", 0.2)
+    manifest(tmp_path / "evaluate_both", "evaluate", uses={"model": ["teacher", "student"]})
+    [run] = read_runs([tmp_path])
+    student, both = (next(s for s in run.stages if s.manifest.stage == f"evaluate_{n}") for n in ("student", "both"))
+    assert run.budget(student) == Budget(900, 0.25)
+    assert run.budget(both) is None  # an ensemble has none of its own
 
 
 def test_confusion_is_normalised_by_row(run: Path, page: str) -> None:
