@@ -95,17 +95,19 @@ class Case:
         return (time.perf_counter() - began) / steps
 
     def passes(self) -> tuple[int, int]:
-        """Passes of a step through the networks that learn the task: forward, and backward again."""
-        seen: list[bool] = []
+        """Passes of a step through the networks that learn the task, in batches: forward, and backward again."""
+        seen: list[tuple[int, bool]] = []
 
         def note(part: nn.Module, _: Any, output: Any) -> None:
             if isinstance(part, NETWORKS):
-                seen.append((output[-1] if isinstance(output, list) else output).requires_grad)
+                last = output[-1] if isinstance(output, list) else output
+                seen.append((len(last), last.requires_grad))
 
         hook = register_module_forward_hook(note)
         self.seconds(1)
         hook.remove()
-        return len(seen), sum(seen)
+        unit = self.stage.training.batch_of(Stream.SOURCE)
+        return sum(count for count, _ in seen) // unit, sum(count for count, learns in seen if learns) // unit
 
 
 def first_segmentation(config: RunConfig) -> TrainStage:
@@ -206,8 +208,8 @@ def table(result: dict[str, Any]) -> str:
         lines.append(_row([*cells, f"{result['memory'][method]:.0f}"]))
     fastest = min((f"{method} bf16" for method in result["passes"]), key=lambda case: ratios.middle[case])
     notes = f"""
-* forward + backward: passes of a step through the networks that learn the task; critics come on top. By passes: a
-  backward pass counts as two forward ones, in units of `{UNIT}` on synthetic pictures.
+* forward + backward: passes of a step through the networks that learn the task, one batch each; critics come on top.
+  By passes: a backward pass counts as two forward ones, in units of `{UNIT}` on synthetic pictures.
 * Ratios of seconds per step: median (lowest to highest), {setting["repeats"]} repeats x {setting["steps"]} steps. bf16
   is with channels_last.
 * MB: peak memory of two steps in bf16, on the device, or beyond what the process had when it started.

@@ -8,9 +8,10 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from udas.errors import ConfigError
 from udas.taxonomy import IGNORE
 
-__all__ = ["IGNORE", "Batch", "Block", "Stream"]
+__all__ = ["IGNORE", "Batch", "Block", "Stream", "together"]
 
 
 class Stream(StrEnum):
@@ -73,3 +74,11 @@ class Batch:
     def names(self) -> dict[str, tuple[str, ...]]:
         """Stream -> names of its pictures."""
         return {f.name: b.names for f in fields(self) if (b := getattr(self, f.name))}
+
+
+def together(labelled: Block, unlabelled: Block) -> Tensor:
+    """The pictures of both blocks, labelled ones first. Raises `ConfigError` when they differ in size."""
+    sizes = [" x ".join(map(str, block.image.shape[-2:])) for block in (labelled, unlabelled)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(f"labelled pictures of {sizes[0]}, unlabelled ones of {sizes[1]}: give them augment.crop")
+    return torch.cat([labelled.image, unlabelled.image])

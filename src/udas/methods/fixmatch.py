@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor
 
 from udas.config import SegmentationConfig, Share
-from udas.data.batch import IGNORE, Batch, Block, Stream
+from udas.data.batch import IGNORE, Batch, Block, Stream, together
 from udas.data.masks import sized_boxes
 from udas.data.mixing import inside_picture, partners, paste, strong
 from udas.losses import outputs_cross_entropy
@@ -61,7 +61,7 @@ class FixMatch(SegmentationMethod[FixMatchConfig]):
         L    = (CE(f(x_l), y_l) + consistency L_u   + source CE(f(x_s), y_s)) / 2
 
     Unsure pixels are in the denominator, so that L_u grows with the share of sure ones. The other picture is the next
-    one of the batch.
+    one of the batch. x_l and x_u pass together, so that batch norms see one batch of both, as in the released code.
     """
 
     settings = FixMatchConfig
@@ -74,23 +74,30 @@ class FixMatch(SegmentationMethod[FixMatchConfig]):
 
     def step(self, batch: Batch) -> None:
         """Learn labels, and pseudo-labels on strong views."""
-        target, c = batch.unlabelled, self.config
+        labelled, target, c = batch.labelled, batch.unlabelled, self.config
+        assert labelled is not None
         assert target is not None
-        with torch.no_grad():
-            believed = believe(self.segmenter(target.image), target.image)
-            image, believed = strong_view(target, target.seeds, believed, c)
         with self.update("segmenter") as minimise:
-            learn_labels(minimise, self.segmenter, batch, c)
+            learn_source(minimise, self.segmenter, batch, c)
+            outputs = self.segmenter.levels(together(labelled, target))
+            minimise(label_loss(outputs, labelled, c), "labelled")
+            believed = believe(outputs[0].detach()[len(labelled.image) :], target.image)
+            image, believed = strong_view(target, target.seeds, believed, c)
             loss = pseudo_loss(self.segmenter.levels(image), believed, c)
             minimise(HALF * c.consistency * loss, "strong")
 
 
-def learn_labels(minimise: Minimise, segmenter: Segmenter, batch: Batch, config: WeakToStrongConfig) -> None:
-    """Minimise half the cross-entropy on labelled pictures and, where they are given, on synthetic ones."""
-    assert batch.labelled is not None
-    supervise(minimise, segmenter, batch.labelled, "labelled", config.auxiliary, HALF)
+def learn_source(minimise: Minimise, segmenter: Segmenter, batch: Batch, config: WeakToStrongConfig) -> None:
+    """Minimise half the cross-entropy on synthetic pictures, where they are given."""
     if batch.source is not None:
         supervise(minimise, segmenter, batch.source, "source", config.auxiliary, HALF * config.source)
+
+
+def label_loss(outputs: Sequence[Tensor], labelled: Block, config: WeakToStrongConfig) -> Tensor:
+    """Half the cross-entropy on labelled pictures, of outputs [B, C, H, W] whose first pictures they are."""
+    assert labelled.label is not None
+    first = [output[: len(labelled.image)] for output in outputs]
+    return HALF * outputs_cross_entropy(first, labelled.label, auxiliary=config.auxiliary)
 
 
 def believe(logits: Tensor, image: Tensor) -> Believed:

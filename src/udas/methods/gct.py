@@ -11,9 +11,8 @@ from pydantic import Field
 from torch import Tensor
 
 from udas.config import SegmentationConfig, Share
-from udas.data.batch import IGNORE, Batch, Block, Stream
+from udas.data.batch import IGNORE, Batch, Block, Stream, together
 from udas.data.mixing import inside_picture
-from udas.errors import ConfigError
 from udas.losses import masked_mean, outputs_cross_entropy
 from udas.methods.adversary import CriticOptimiser
 from udas.methods.base import Optimised, SegmentationMethod, Task
@@ -157,14 +156,6 @@ def with_new_head(network: Segmenter) -> Segmenter:
         for weight, new in zip(network.decoder.parameters(), fresh.decoder.parameters(), strict=True):
             weight.copy_(new)
     return network
-
-
-def together(labelled: Block, unlabelled: Block) -> Tensor:
-    """The pictures of both blocks, labelled ones first. Raises `ConfigError` when they differ in size."""
-    sizes = [" x ".join(map(str, block.image.shape[-2:])) for block in (labelled, unlabelled)]
-    if sizes[0] != sizes[1]:
-        raise ConfigError(f"labelled pictures of {sizes[0]}, unlabelled ones of {sizes[1]}: give them augment.crop")
-    return torch.cat([labelled.image, unlabelled.image])
 
 
 @torch.no_grad()

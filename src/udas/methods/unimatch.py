@@ -8,16 +8,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from udas.data.batch import Batch, Block, Stream
+from udas.data.batch import Batch, Block, Stream, together
 from udas.data.mixing import channel_dropout
 from udas.data.sampling import seed_of
-from udas.methods.base import Minimise, Optimised, SegmentationMethod
+from udas.methods.base import SegmentationMethod
 from udas.methods.fixmatch import (
     HALF,
     Believed,
     WeakToStrongConfig,
     believe,
-    learn_labels,
+    label_loss,
+    learn_source,
     pseudo_loss,
     strong_view,
 )
@@ -42,7 +43,7 @@ class UniMatch(SegmentationMethod[UniMatchConfig]):
         L          = (CE(f(x_l), y_l) + images (L_s1 + L_s2) + features L_fp   + source CE(f(x_s), y_s)) / 2
 
     dropout zeroes whole channels of every feature map of the encoder, picture by picture. One pass of the encoder over
-    the weak view gives both y and L_fp.
+    labelled pictures and weak views together gives f(x_l), y and L_fp.
     """
 
     settings = UniMatchConfig
@@ -53,29 +54,30 @@ class UniMatch(SegmentationMethod[UniMatchConfig]):
         """Two unlabelled pictures for a box of another one."""
         return {Stream.UNLABELLED: 2} if self.config.cutmix else {}
 
-    def optimised(self) -> dict[str, Optimised]:
-        """One optimiser, for the segmenter."""
-        return {"segmenter": Optimised.segmenter(self.segmenter, self.config.optimiser)}
-
     def step(self, batch: Batch) -> None:
         """Learn labels, and pseudo-labels from dropped features and two strong views."""
-        target = batch.unlabelled
+        labelled, target = batch.labelled, batch.unlabelled
+        assert labelled is not None
         assert target is not None
         with self.update("segmenter") as minimise:
-            learn_labels(minimise, self.segmenter, batch, self.config)
-            believed = self._drop_features(minimise, target)
+            learn_source(minimise, self.segmenter, batch, self.config)
+            terms, believed = self._learn(labelled, target)
+            minimise(terms)
             minimise(self._strong(target, believed))
 
-    def _drop_features(self, minimise: Minimise, block: Block) -> Believed:
-        """Minimise L_fp; returns what is believed of the weak view."""
-        image, c = block.image, self.config
+    def _learn(self, labelled: Block, target: Block) -> tuple[dict[str, Tensor], Believed]:
+        """Losses on labels and on dropped features, of one pass of the encoder; what is believed of weak views."""
+        image, c, count = together(labelled, target), self.config, len(labelled.image)
         pyramid = self.segmenter.encode(image)
-        with torch.no_grad():
-            believed = believe(self.segmenter.decode(pyramid, image).levels[0], image)
-        maps = [channel_dropout(entry, block.seeds, c.dropout, str(k)) for k, entry in enumerate(pyramid[1:])]
-        outputs = self.segmenter.decode([pyramid[0], *maps], image).levels
-        minimise(HALF * c.features * pseudo_loss(outputs, believed, c), "features")
-        return believed
+        outputs = self.segmenter.decode(pyramid, image).levels
+        believed = believe(outputs[0].detach()[count:], target.image)
+        maps = [channel_dropout(entry[count:], target.seeds, c.dropout, str(k)) for k, entry in enumerate(pyramid[1:])]
+        dropped = self.segmenter.decode([pyramid[0][count:], *maps], target.image).levels
+        losses = {
+            "labelled": label_loss(outputs, labelled, c),
+            "features": HALF * c.features * pseudo_loss(dropped, believed, c),
+        }
+        return losses, believed
 
     def _strong(self, block: Block, believed: Believed) -> dict[str, Tensor]:
         """L_s1 and L_s2, of one forward pass."""
