@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from udas.data.batch import Block, Stream
@@ -34,7 +36,19 @@ def supervise(
     Returns:
         One detached [B, C, H, W] of logits per output, main output first.
     """
-    assert block.label is not None
     outputs = segmenter.levels(block.image)
-    minimise(weight * outputs_cross_entropy(outputs, block.label, auxiliary=auxiliary), name)
+    minimise(weight * label_loss(outputs, block, auxiliary), name)
     return [output.detach() for output in outputs]
+
+
+def label_loss(outputs: Sequence[Tensor], block: Block, auxiliary: float) -> Tensor:
+    """CE(main output) + auxiliary CE(further outputs) of a labelled block.
+
+    Args:
+        outputs: [B, C, H, W] of logits per output; the block's pictures come first, others may follow.
+        block: the labelled pictures.
+        auxiliary: weight of the further outputs.
+    """
+    assert block.label is not None
+    first = [output[: len(block.image)] for output in outputs]
+    return outputs_cross_entropy(first, block.label, auxiliary=auxiliary)

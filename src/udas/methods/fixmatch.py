@@ -15,7 +15,7 @@ from udas.data.masks import sized_boxes
 from udas.data.mixing import inside_picture, partners, paste, strong
 from udas.losses import outputs_cross_entropy
 from udas.methods.base import Minimise, SegmentationMethod
-from udas.methods.domains import supervise
+from udas.methods.domains import label_loss, supervise
 from udas.networks.segmenters import Segmenter
 
 HALF = 0.5  # the published sum of supervised and unsupervised losses is halved
@@ -80,7 +80,7 @@ class FixMatch(SegmentationMethod[FixMatchConfig]):
         with self.update("segmenter") as minimise:
             learn_source(minimise, self.segmenter, batch, c)
             outputs = self.segmenter.levels(together(labelled, target))
-            minimise(label_loss(outputs, labelled, c), "labelled")
+            minimise(HALF * label_loss(outputs, labelled, c.auxiliary), "labelled")
             believed = believe(outputs[0].detach()[len(labelled.image) :], target.image)
             image, believed = strong_view(target, target.seeds, believed, c)
             loss = pseudo_loss(self.segmenter.levels(image), believed, c)
@@ -91,13 +91,6 @@ def learn_source(minimise: Minimise, segmenter: Segmenter, batch: Batch, config:
     """Minimise half the cross-entropy on synthetic pictures, where they are given."""
     if batch.source is not None:
         supervise(minimise, segmenter, batch.source, "source", config.auxiliary, HALF * config.source)
-
-
-def label_loss(outputs: Sequence[Tensor], labelled: Block, config: WeakToStrongConfig) -> Tensor:
-    """Half the cross-entropy on labelled pictures, of outputs [B, C, H, W] whose first pictures they are."""
-    assert labelled.label is not None
-    first = [output[: len(labelled.image)] for output in outputs]
-    return HALF * outputs_cross_entropy(first, labelled.label, auxiliary=config.auxiliary)
 
 
 def believe(logits: Tensor, image: Tensor) -> Believed:

@@ -13,10 +13,10 @@ from torch import Tensor
 from udas.config import SegmentationConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream, together
 from udas.data.mixing import inside_picture
-from udas.losses import masked_mean, outputs_cross_entropy
+from udas.losses import masked_mean
 from udas.methods.adversary import CriticOptimiser
 from udas.methods.base import Optimised, SegmentationMethod, Task
-from udas.methods.domains import supervise
+from udas.methods.domains import label_loss, supervise
 from udas.methods.ramps import exponential
 from udas.networks.flaw_detector import FlawDetector
 from udas.networks.segmenters import Segmenter, build_segmenter
@@ -117,13 +117,11 @@ class GCT(SegmentationMethod[GCTConfig]):
         self, said: Opinion, labelled: Block, target: Tensor, wrong: Tensor, inside: Tensor
     ) -> dict[str, Tensor]:
         """The terms of L_k, of one forward pass; `inside`: [B, H, W] bool, the pixels that L_dc and L_fc count."""
-        assert labelled.label is not None
         c = self.config
         ramp = exponential(self.steps_done, round(c.ramp_up * self.task.steps))
-        outputs = [output[: len(labelled.image)] for output in said.outputs]
         distance = (said.probabilities - target).square().mean(1)
         return {
-            "labelled": outputs_cross_entropy(outputs, labelled.label, auxiliary=c.auxiliary),
+            "labelled": label_loss(said.outputs, labelled, c.auxiliary),
             "consistency": ramp * c.consistency * masked_mean(distance, inside),
             "correction": c.correction * masked_mean((wrong * said.flaws.square())[:, 0], inside),
         }

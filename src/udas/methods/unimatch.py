@@ -12,12 +12,12 @@ from udas.data.batch import Batch, Block, Stream, together
 from udas.data.mixing import channel_dropout
 from udas.data.sampling import seed_of
 from udas.methods.base import SegmentationMethod
+from udas.methods.domains import label_loss
 from udas.methods.fixmatch import (
     HALF,
     Believed,
     WeakToStrongConfig,
     believe,
-    label_loss,
     learn_source,
     pseudo_loss,
     strong_view,
@@ -74,7 +74,7 @@ class UniMatch(SegmentationMethod[UniMatchConfig]):
         maps = [channel_dropout(entry[count:], target.seeds, c.dropout, str(k)) for k, entry in enumerate(pyramid[1:])]
         dropped = self.segmenter.decode([pyramid[0][count:], *maps], target.image).levels
         losses = {
-            "labelled": label_loss(outputs, labelled, c),
+            "labelled": HALF * label_loss(outputs, labelled, c.auxiliary),
             "features": HALF * c.features * pseudo_loss(dropped, believed, c),
         }
         return losses, believed
