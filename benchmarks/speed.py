@@ -31,6 +31,7 @@ from torch.nn.modules.module import register_module_forward_hook
 from udas import __version__
 from udas.data.batch import Batch, Block, Stream
 from udas.data.loader import make_loader
+from udas.errors import ConfigError
 from udas.methods.base import Task
 from udas.names import METHODS, load_method
 from udas.networks import segmenters
@@ -48,6 +49,7 @@ NEEDED = {"cct": {"foreground": ["person", "vehicle"]}}  # settings without a de
 NETWORKS = (TimmUniversalEncoder, ResnetGenerator)
 STEPS = 1000  # the length of the schedules; none is trained to its end
 DEMO = ["training.batch=4", "training.augment.crop=[128, 128]"]
+DEMO += ["network.name=deeplabv2_multi", "network.output_stride=16"]  # two outputs, which some methods need
 for domain in ("source", "target"):
     DEMO += [f"data.{domain}.root=runs/speed/data/{domain}", f"data.{domain}.streets.pictures={{train: 32, val: 4}}"]
 
@@ -155,12 +157,18 @@ def library_kernels() -> Iterator[None]:
 def measure(run: str, overrides: list[str], steps: int, repeats: int) -> dict[str, Any]:
     """What was timed, where, and the seconds of every case in every repeat."""
     config = load_run(run, overrides)
+    cases, methods, left_out = {}, [], []
+    for method in METHODS:
+        try:
+            cases |= {f"{method} {precision}": Case(config, method, precision) for precision in PRECISIONS}
+            methods.append(method)
+        except ConfigError as error:  # such as a method of two outputs and a network of one
+            left_out.append(f"{method}: {error}")
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = dict(zip(METHODS, pool.starmap(peak, [(run, overrides, m) for m in METHODS], 1), strict=True))
-    cases = {f"{m} {p}": Case(config, m, p) for m in METHODS for p in PRECISIONS}
+        memory = dict(zip(methods, pool.starmap(peak, [(run, overrides, m) for m in methods], 1), strict=True))
     with library_kernels():
         cases |= {f"library {p}": Case(config, UNIT, p) for p in PRECISIONS}
-    passes = {method: cases[f"{method} fp32"].passes() for method in METHODS}
+    passes = {method: cases[f"{method} fp32"].passes() for method in methods}
     for case in cases.values():
         case.seconds(1)  # warm-up: memory, autotuning
     rounds = []
@@ -172,7 +180,8 @@ def measure(run: str, overrides: list[str], steps: int, repeats: int) -> dict[st
     machine = used.describe() | {"workers": used.workers, "udas": __version__, "torch": torch.__version__}
     setting = {"run": run, "overrides": overrides, "steps": steps, "repeats": repeats}
     setting |= first_segmentation(config).model_dump(mode="json", include={"network", "training"})
-    return {"machine": machine, "setting": setting, "passes": passes, "memory": memory, "seconds": rounds}
+    timed = {"passes": passes, "memory": memory, "seconds": rounds}
+    return {"machine": machine, "setting": setting, "left_out": left_out} | timed
 
 
 class Ratios:
@@ -220,7 +229,7 @@ def table(result: dict[str, Any]) -> str:
 * `{setting["run"]}` {" ".join(setting["overrides"])}; network and training settings in speed.json
 * {", ".join(f"{key} {value}" for key, value in result["machine"].items() if key != "precision")}
 """
-    return "\n".join(lines) + "\n" + notes
+    return "\n".join(lines) + "\n" + notes + "".join(f"* Left out: {why}\n" for why in result["left_out"])
 
 
 def _row(cells: list[str]) -> str:

@@ -13,7 +13,8 @@ from equivalence.stepping import advance, lend_engine, turns
 from udas.data.batch import IGNORE, Batch, Stream
 from udas.errors import ConfigError
 from udas.losses import balanced_cross_entropy
-from udas.methods.mrnet import MRNet, MRNetConfig, gradient_penalty, memory_regularisation
+from udas.methods.adversary import REAL
+from udas.methods.mrnet import MRNet, MRNetConfig, memory_regularisation
 from udas.validation import validate
 
 STEPS = 5
@@ -227,7 +228,7 @@ def test_penalty_of_a_linear_critic_is_its_squared_weights():
     for index in range(2):
         critics[index] = torch.nn.Conv2d(3, 1, 1)
     expected = sum(4 * 5 * critic.weight.square().sum().item() for critic in critics)  # one slope per pixel
-    found = gradient_penalty(critics, [torch.randn(2, 3, 4, 5)] * 2)
+    _, found = critics.judge_with_slope([torch.randn(2, 3, 4, 5)] * 2, REAL)
     assert found.item() == pytest.approx(expected, rel=1e-5)
 
 

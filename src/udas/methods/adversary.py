@@ -63,12 +63,33 @@ class OutputAdversary(nn.ModuleList):
             verdict: `REAL` or `FAKE`.
             weights: one factor per output; 1 each when None.
         """
-        terms = []
-        for weight, critic, logits in zip(weights or [1.0] * len(self), self, outputs, strict=True):
-            scores = critic(self.evidence(logits))
-            scales = scores if isinstance(scores, list) else [scores]
-            terms += [weight * self.loss(scale, verdict) for scale in scales]
-        return torch.stack(terms).sum()
+        evidence = [self.evidence(logits) for logits in outputs]
+        return self._loss(self._scores(evidence), verdict, weights or [1.0] * len(self))
+
+    def judge_with_slope(self, outputs: Sequence[Tensor], verdict: float) -> tuple[Tensor, Tensor]:
+        """`judge`, and how steep the critics are where they judge (R1; Mescheder et al., ICML 2018), of one pass.
+
+        Returns:
+            The sum of losses, without gradient for the outputs; and the mean over pictures of |grad_x sum D(x)|^2, with
+            x the evidence, summed over critics and scales.
+        """
+        evidence = [self.evidence(logits).detach().requires_grad_() for logits in outputs]
+        scores = self._scores(evidence)
+        slopes = []
+        for seen, scales in zip(evidence, scores, strict=True):
+            for scale in scales:
+                (slope,) = torch.autograd.grad(scale.sum(), seen, create_graph=True)
+                slopes.append(slope.square().sum((1, 2, 3)).mean())
+        return self._loss(scores, verdict, [1.0] * len(self)), torch.stack(slopes).sum()
+
+    def _scores(self, evidence: Sequence[Tensor]) -> list[list[Tensor]]:
+        """The scores of every critic, one map per scale."""
+        scores = [critic(seen) for critic, seen in zip(self, evidence, strict=True)]
+        return [scales if isinstance(scales, list) else [scales] for scales in scores]
+
+    def _loss(self, scores: list[list[Tensor]], verdict: float, weights: Sequence[float]) -> Tensor:
+        pairs = zip(weights, scores, strict=True)
+        return torch.stack([weight * self.loss(scale, verdict) for weight, scales in pairs for scale in scales]).sum()
 
 
 def softmax(logits: Tensor) -> Tensor:

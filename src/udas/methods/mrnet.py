@@ -92,11 +92,9 @@ class MRNet(SegmentationMethod[MRNetConfig]):
                 minimise(self._adapt(z_t))
         if c.adversarial:
             with self.update("critic") as minimise:
-                m_s = [fuse(detached(z_s), c.fusion)] * len(self.critics)
-                minimise(self.critics.judge(m_s, REAL), "critic on source")
+                m_s = fuse(detached(z_s), c.fusion)
+                minimise(self._judge_source(m_s))
                 minimise(self.critics.judge(detached(z_t), FAKE), "critic on target")
-                if c.penalty:
-                    minimise(c.penalty * gradient_penalty(self.critics, m_s), "critic penalty")
         self.steps_done += 1
 
     def _learn(self, outputs: Sequence[Tensor], block: Block) -> Tensor:
@@ -114,6 +112,17 @@ class MRNet(SegmentationMethod[MRNetConfig]):
         if c.memory:
             begun = self.steps_done >= round(c.memory_from * self.task.steps)
             terms["memory"] = c.memory * begun * memory_regularisation(outputs, c.fusion)
+        return terms
+
+    def _judge_source(self, memory: Tensor) -> dict[str, Tensor]:
+        """The critics' loss and penalty on m_s, of one forward pass."""
+        c, terms = self.config, {}
+        outputs = [memory] * len(self.critics)
+        if c.penalty:
+            terms["critic on source"], slope = self.critics.judge_with_slope(outputs, REAL)
+            terms["critic penalty"] = c.penalty * slope
+        else:
+            terms["critic on source"] = self.critics.judge(outputs, REAL)
         return terms
 
 
@@ -154,23 +163,6 @@ def memory_regularisation(outputs: Sequence[Tensor], fusion: float) -> Tensor:
     """Mean over pixels of the sum over outputs of KL(m || P), m = softmax(z^main + fusion z^aux) without gradient."""
     memory = fuse(outputs, fusion).detach()
     return torch.stack([kl_divergence(memory, logits).mean() for logits in outputs]).sum()
-
-
-def gradient_penalty(critics: OutputAdversary, outputs: Sequence[Tensor]) -> Tensor:
-    """R1: mean over pictures of |grad_x sum D(x)|^2, summed over critics and scales (Mescheder et al., ICML 2018).
-
-    Args:
-        critics: D, one per output.
-        outputs: logits [B, C, H, W], one per critic; x is their evidence.
-    """
-    terms = []
-    for critic, logits in zip(critics, outputs, strict=True):
-        seen = critics.evidence(logits).detach().requires_grad_()
-        scores = critic(seen)
-        for scale in scores if isinstance(scores, list) else [scores]:
-            (slope,) = torch.autograd.grad(scale.sum(), seen, create_graph=True)
-            terms.append(slope.square().sum((1, 2, 3)).mean())
-    return torch.stack(terms).sum()
 
 
 def require_two_outputs(segmenter: Segmenter, method: str) -> None:
