@@ -157,18 +157,18 @@ def library_kernels() -> Iterator[None]:
 def measure(run: str, overrides: list[str], steps: int, repeats: int) -> dict[str, Any]:
     """What was timed, where, and the seconds of every case in every repeat."""
     config = load_run(run, overrides)
-    cases, methods, left_out = {}, [], []
-    for method in METHODS:
-        try:
-            cases |= {f"{method} {precision}": Case(config, method, precision) for precision in PRECISIONS}
-            methods.append(method)
-        except ConfigError as error:  # such as a method of two outputs and a network of one
-            left_out.append(f"{method}: {error}")
+    memory, left_out = {}, []
+    # first: a process starts with the peak of the one that starts it
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        memory = dict(zip(methods, pool.starmap(peak, [(run, overrides, m) for m in methods], 1), strict=True))
+        for method in METHODS:
+            try:
+                memory[method] = pool.apply(peak, (run, overrides, method))
+            except ConfigError as error:  # such as a method of two outputs and a network of one
+                left_out.append(f"{method}: {error}")
+    cases = {f"{m} {p}": Case(config, m, p) for m in memory for p in PRECISIONS}
     with library_kernels():
         cases |= {f"library {p}": Case(config, UNIT, p) for p in PRECISIONS}
-    passes = {method: cases[f"{method} fp32"].passes() for method in methods}
+    passes = {method: cases[f"{method} fp32"].passes() for method in memory}
     for case in cases.values():
         case.seconds(1)  # warm-up: memory, autotuning
     rounds = []
