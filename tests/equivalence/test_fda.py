@@ -12,8 +12,9 @@ import torch
 from equivalence.small import block, naive_cross_entropy, task
 from equivalence.stepping import advance, lend_engine
 from udas.data.batch import IGNORE, Batch, Stream
+from udas.data.fourier import swap_amplitude
 from udas.losses import robust_entropy
-from udas.methods.fda import FDA, FDAConfig
+from udas.methods.fda import FDA, FDAConfig, _restyled
 from udas.validation import validate
 
 STEPS = 5
@@ -165,3 +166,15 @@ def test_black_borders_are_no_place_to_be_sure():
     logits = torch.randn(2, 3, 8, 12)
     expected = robust_entropy(logits[:, :, :, :9], 2.0).mean()
     torch.testing.assert_close(method._penalty(logits, image), expected)
+
+
+def test_black_borders_neither_lend_nor_take_style():
+    """Pictures that a zoom leaves smaller than the crop: inside, the source takes the target's mean colour."""
+    source, target = 0.3 + 0.4 * torch.rand(2, 3, 32, 32), 0.3 + 0.2 * torch.rand(2, 3, 32, 32)
+    source[0, :, 20:], target[1, :, :, 24:] = 0, 0
+    styled = _restyled(source, target, 0.01)
+    assert not styled[0, :, 20:].any()
+    inside = (styled[0, :, :20], target[0]), (styled[1], target[1, :, :, :24])
+    for ours, theirs in inside:
+        torch.testing.assert_close(ours.mean((1, 2)), theirs.mean((1, 2)), rtol=0, atol=1e-4)
+    torch.testing.assert_close(_restyled(source[1:], target[:1], 0.1), swap_amplitude(source[1:], target[:1], 0.1))

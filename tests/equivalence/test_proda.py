@@ -220,6 +220,21 @@ def test_black_borders_teach_nothing_and_move_no_prototype():
     assert (masked(label, inside) == IGNORE).tolist() == [[[False] * 3 + [True] * 3] * 4] * 2
 
 
+def test_black_borders_have_no_structure():
+    """L_kl counts no place of a view that shows what a zoom left black, whatever is believed there."""
+    method, target = proda(), batch(0, UDA).unlabelled
+    height, width = method.segmenter.representation(target.image).shape[-2:]
+    inside = torch.ones(target.image[:, 0].shape, dtype=bool)
+    inside[:, :, target.image.shape[-1] // 2 :] = False
+    structure = torch.rand(len(inside), C, height, width).softmax(1)
+    other = structure.clone()
+    other[..., -(-width // 2) :] = torch.rand_like(other[..., -(-width // 2) :]).softmax(1)
+    everything = torch.ones_like(inside)
+    found = [method.eval()._compare(target, *given) for given in ((structure, inside), (other, inside))]
+    assert found[0] == found[1]
+    assert method._compare(target, structure, everything) != method._compare(target, other, everything)
+
+
 def test_the_student_is_handed_on_and_starts_the_average():
     method = proda()
     assert method.model() is method.segmenter

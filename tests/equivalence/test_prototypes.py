@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from udas.config import NetworkConfig
 from udas.data.batch import IGNORE
-from udas.methods.prototypes import FAR, Prototypes, class_means, label_at
+from udas.methods.prototypes import FAR, Prototypes, class_means
+from udas.networks.segmenters import Outputs, build_segmenter
 
 VECTORS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0], [5.0, 5.0]])  # class 2 was never seen
 
@@ -96,4 +98,21 @@ def test_half_precision_features_are_compared_in_full_precision():
 def test_labels_at_the_features_size():
     logits = torch.zeros(1, 3, 8, 12)
     logits[:, 1, :, :6], logits[:, 2, :, 6:] = 1, 1
-    assert label_at(logits, torch.zeros(1, 7, 2, 4)).tolist() == [[[1, 1, 2, 2]] * 2]
+    assert Outputs((logits,), torch.zeros(1, 7, 2, 4)).labels().tolist() == [[[1, 1, 2, 2]] * 2]
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_maps_are_resized_as_the_logits_were(align_corners):
+    """The places of the features lie where the logits were enlarged from."""
+    small = torch.randn(1, 3, 4, 7)
+    shape = (4 * 8 - 7, 7 * 8 - 7) if align_corners else (4 * 9, 7 * 9)  # on whole pixels
+    large = torch.nn.functional.interpolate(small, shape, mode="bilinear", align_corners=align_corners)
+    outputs = Outputs((large,), small, align_corners)
+    assert torch.equal(outputs.labels(), small.argmax(1))
+    torch.testing.assert_close(outputs.resized(small, shape), large)
+
+
+def test_a_network_says_how_it_enlarges():
+    for align_corners in (True, False):
+        config = NetworkConfig(name="fcn", encoder="test_resnet", weights=None, align_corners=align_corners)
+        assert build_segmenter(config, 3).eval().outputs(torch.rand(1, 3, 64, 64)).align_corners == align_corners

@@ -116,7 +116,7 @@ def test_outputs_is_levels_and_representation(name):
 def test_the_classifier_sees_the_representation_with_its_dropout():
     """In training, too: a second pass would drop other channels."""
     network, image = build("deeplab_gn").train(), picture(2)
-    (logits,), representation = network.outputs(image)
+    (logits,), representation, _ = network.outputs(image)
     assert (representation.flatten(2).abs().amax(2) == 0).any(), "some channels are dropped"
     expected = enlarged(network.decoder.main.classifier(representation), image)
     torch.testing.assert_close(logits, expected)

@@ -123,7 +123,7 @@ def test_prototypes_reweight_what_is_labelled(finished: Context) -> None:
     changed = 0.0
     for index, picture in enumerate(finished.unlabelled.pictures):
         image = finished.unlabelled.image(index)[None].float() / 255
-        (main, *_), features = network.outputs(image)
+        (main, *_), features, _ = network.outputs(image)
         log = torch.nn.functional.interpolate(weigh.log_weights(features), main.shape[-2:], mode="bilinear")
         product = main.softmax(1) * log.exp()
         assert np.mean(label_of(finished, "near", picture.name) == product[0].argmax(0).numpy()) > 0.999

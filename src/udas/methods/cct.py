@@ -156,8 +156,8 @@ class CCT(SegmentationMethod[CCTConfig]):
 
     def _consistency(self, image: Tensor, seeds: Sequence[int]) -> Tensor:
         """L_u."""
-        (logits, *_), z = self.segmenter.outputs(image)
-        target = logits.detach().softmax(1)
+        outputs = self.segmenter.outputs(image)
+        z, target = outputs.representation, outputs.levels[0].detach().softmax(1)
         guide, inside = self._guide(target, z), inside_picture(image)
         losses = []
         for number, (kind, head) in enumerate(zip(self.kinds, self.heads, strict=True)):

@@ -54,7 +54,7 @@ class FDA(SegmentationMethod[FDAConfig]):
         source, target = batch.source, batch.unlabelled
         assert source is not None
         assert target is not None
-        styled = swap_amplitude(source.image, _partners(target, len(source.image)), self.config.beta)
+        styled = _restyled(source.image, _partners(target, len(source.image)), self.config.beta)
         with self.update("segmenter") as minimise:
             minimise(self._cross_entropy(self.segmenter.levels(styled), source), "source")
             if batch.labelled is not None:
@@ -81,6 +81,19 @@ class FDA(SegmentationMethod[FDAConfig]):
         """lambda_ent mean rho(e) over the pixels inside the pictures, zero before its first step."""
         begun = self.steps_done >= round(self.config.entropy_from * self.task.steps)
         return self.config.entropy * begun * masked_mean(robust_entropy(logits, self.config.eta), inside_picture(image))
+
+
+def _restyled(source: Tensor, target: Tensor, beta: float) -> Tensor:
+    """x_{s->t} of pictures [B, 3, H, W]; the black beyond a picture stays black, and lends or takes no style."""
+    inside = inside_picture(source)[:, None]
+    return torch.where(inside, swap_amplitude(_filled(source), _filled(target), beta), source)
+
+
+def _filled(image: Tensor) -> Tensor:
+    """The pictures with their mean colour beyond their borders."""
+    inside = inside_picture(image)[:, None]
+    mean = (image * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True).clamp(min=1)
+    return torch.where(inside, image, mean)
 
 
 def _partners(block: Block, count: int) -> Tensor:

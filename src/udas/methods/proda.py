@@ -17,7 +17,8 @@ from udas.losses import distillation, symmetric_cross_entropy, uniformity
 from udas.methods.base import Average, SegmentationMethod, Task
 from udas.methods.domains import supervise
 from udas.methods.frozen import Frozen
-from udas.methods.prototypes import Prototypes, fitting_prototypes, label_at
+from udas.methods.prototypes import Prototypes, fitting_prototypes
+from udas.networks.segmenters import Outputs
 
 
 class ProDAConfig(SegmentationConfig):
@@ -94,27 +95,26 @@ class ProDA(SegmentationMethod[ProDAConfig]):
         assert target is not None
         image, c = target.image, self.config
         with torch.no_grad():
-            (logits, *_), features = self.averaged.module.outputs(image)
-            belief = self._believe(image, logits, features)
+            averaged = self.averaged.module.outputs(image)
+            belief = self._believe(image, averaged)
         inside = inside_picture(image)
         with self.update("segmenter") as minimise:
             supervise(minimise, self.segmenter, source, "source", c.auxiliary)
             if labelled is not None:
                 supervise(minimise, self.segmenter, labelled, "labelled", c.auxiliary, c.labelled)
             minimise(self._denoise(image, belief.classes, inside))
-            minimise(c.structure * self._compare(target, belief.structure), "structure")
-        self.prototypes.update(features, masked(label_at(logits, features), inside))
+            minimise(c.structure * self._compare(target, belief.structure, inside), "structure")
+        self.prototypes.update(averaged.representation, masked(averaged.labels(), inside))
         self.averaged.update(self.segmenter)
 
-    def _believe(self, image: Tensor, logits: Tensor, features: Tensor) -> Belief:
-        """From the averaged network's logits [B, C, H, W] and features [B, D, h, w] of the unchanged pictures."""
-        structure = self.prototypes.weights(features)
-        classes = logits.softmax(1) if self.config.soft_label == "moving" else self.warm_up(image)
+    def _believe(self, image: Tensor, averaged: Outputs) -> Belief:
+        """From what the averaged network says of the unchanged pictures."""
+        structure, prediction = self.prototypes.weights(averaged.representation), averaged.levels[0].softmax(1)
+        classes = prediction if self.config.soft_label == "moving" else self.warm_up(image)
         if self.config.reweight == "prototypes":
-            size = image.shape[-2:]
-            classes = classes * F.interpolate(structure, size=size, mode="bilinear", align_corners=False)
+            classes = classes * averaged.resized(structure, image.shape[-2:])
         elif self.config.reweight == "prediction":
-            classes = classes * logits.softmax(1)
+            classes = classes * prediction
         return Belief(classes / classes.sum(1, keepdim=True).clamp(min=1e-12), structure)
 
     def _denoise(self, image: Tensor, classes: Tensor, inside: Tensor) -> dict[str, Tensor]:
@@ -127,14 +127,20 @@ class ProDA(SegmentationMethod[ProDAConfig]):
             "regularisation": c.regularisation * uniformity(logits),
         }
 
-    def _compare(self, block: Block, structure: Tensor) -> Tensor:
+    def _compare(self, block: Block, structure: Tensor, inside: Tensor) -> Tensor:
         """L_kl: structure [B, C, h, w] of the unchanged pictures, moved like the view, against that of the view."""
         views = draw_strong(block.image, block.seeds) if self.config.strong else unchanged(block.image)
         features = self.segmenter.representation(views.picture(block.image))
-        return distillation(self.prototypes.log_weights(features), *views.maps(structure))
+        moved, covered = views.maps(structure)
+        shown, _ = views.maps(shrunk(inside, structure)[:, None].float())
+        return distillation(self.prototypes.log_weights(features), moved, covered & (shown.squeeze(1) > 0))
 
 
 def masked(label: Tensor, inside: Tensor) -> Tensor:
     """Labels [B, h, w] with IGNORE where the picture's mask [B, H, W], at their size, is False."""
-    small = F.interpolate(inside[:, None].float(), label.shape[-2:], mode="nearest").squeeze(1) > 0
-    return label.masked_fill(~small, IGNORE)
+    return label.masked_fill(~shrunk(inside, label), IGNORE)
+
+
+def shrunk(inside: Tensor, like: Tensor) -> Tensor:
+    """A mask [B, H, W] at the size [h, w] of `like`, that of the nearest pixel."""
+    return F.interpolate(inside[:, None].float(), like.shape[-2:], mode="nearest").squeeze(1) > 0

@@ -87,11 +87,6 @@ def class_means(features: Tensor, label: Tensor, classes: int) -> tuple[Tensor, 
     return total / count.clamp(min=1)[..., None], count
 
 
-def label_at(logits: Tensor, features: Tensor) -> Tensor:
-    """What the logits [B, C, H, W] say at the places of the features [B, D, h, w]: class ids [B, h, w]."""
-    return F.interpolate(logits, size=features.shape[-2:], mode="bilinear", align_corners=False).argmax(1)
-
-
 def fitting_prototypes(vectors: Tensor | None, classes: int, channels: int) -> Tensor:
     """`vectors`, when they are [`classes`, `channels`].
 

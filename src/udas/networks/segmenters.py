@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -111,10 +111,20 @@ class Outputs(NamedTuple):
 
     levels: logits of every level, main first; float32 [B, C, H, W] each.
     representation: the decoder's features before the classifier of the main level, [B, D, h, w].
+    align_corners: how the logits were enlarged from the size of the features.
     """
 
     levels: tuple[Tensor, ...]
     representation: Tensor
+    align_corners: bool = False
+
+    def resized(self, maps: Tensor, size: Sequence[int]) -> Tensor:
+        """Maps [B, K, h, w] at another size, bilinear, in the way the logits were enlarged."""
+        return F.interpolate(maps, tuple(size), mode="bilinear", align_corners=self.align_corners)
+
+    def labels(self) -> Tensor:
+        """What the main logits say at the places of the features: class ids [B, h, w]."""
+        return self.resized(self.levels[0], self.representation.shape[-2:]).argmax(1)
 
 
 class Segmenter(nn.Module):
@@ -174,7 +184,8 @@ class Segmenter(nn.Module):
         """The outputs from feature maps that `encode` made of pictures of this size, changed or not."""
         representation = self.decoder.represent(pyramid)
         levels = [self.decoder.classify(representation, pyramid), *self.decoder.auxiliary(pyramid)]
-        return Outputs(tuple(self._upsample(logits, image) for logits in levels), self._crop(representation, image))
+        enlarged = tuple(self._upsample(logits, image) for logits in levels)
+        return Outputs(enlarged, self._crop(representation, image), self.config.align_corners)
 
     def features(self, image: Tensor) -> list[Tensor]:
         """The encoder's feature maps below the picture's own size, from shallow to deep, [B, D_k, h_k, w_k]."""

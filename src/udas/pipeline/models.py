@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from udas.methods.prototypes import Prototypes, fitting_prototypes
@@ -34,9 +33,10 @@ class Reweighted(nn.Module):
 
     def levels(self, image: Tensor) -> tuple[Tensor, ...]:
         """Logits of every level; only those of the main one are re-weighted."""
-        (main, *others), features = self.network.outputs(image)
-        weights = self.prototypes.log_weights(features)
-        return main + F.interpolate(weights, main.shape[-2:], mode="bilinear"), *others
+        outputs = self.network.outputs(image)
+        main, *others = outputs.levels
+        weights = self.prototypes.log_weights(outputs.representation)
+        return main + outputs.resized(weights, main.shape[-2:]), *others
 
 
 def load_trained(context: Context, stage: str) -> Segmenter:

@@ -22,7 +22,7 @@ from udas.config import Config
 from udas.data.dataset import PictureSet
 from udas.data.sampling import seed_of
 from udas.errors import RunError, WeightsError
-from udas.methods.prototypes import class_means, label_at
+from udas.methods.prototypes import class_means
 from udas.networks.segmenters import Outputs
 from udas.pipeline.label_files import write_json
 from udas.pipeline.label_work import ahead
@@ -173,7 +173,7 @@ def _see(model: Describes, image: Tensor, name: str, classes: int) -> tuple[Tens
         raise RunError(f"the network predicts {logits.shape[1]} classes, but the label space has {classes}")
     if not features.isfinite().all():
         raise RunError(f"{name}: the network's features are not finite; check its weights, or use fp32")
-    return features, label_at(logits, features)
+    return features, outputs.labels()
 
 
 def _keys(seed: int, name: str, count: int) -> Tensor:
