@@ -65,6 +65,18 @@ def test_a_picture_that_is_too_small_is_named(stages, smallest):
         detector(*torch.rand(2, 2, 3, smallest - 1, 99))
 
 
+def test_pictures_are_normalised_and_predictions_are_not():
+    """ImageNet's mean is zero, a deviation above it one; nothing of it is in a checkpoint."""
+    detector, given = FlawDetector(3, width=4, stages=2), []
+    detector.layers.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    probabilities = torch.rand(2, 3, 33, 48)
+    detector(torch.stack([mean, mean + std]).expand(2, 3, 33, 48), probabilities)
+    expected = torch.tensor([0.0, 1.0])[:, None, None, None].expand(2, 3, 33, 48)
+    torch.testing.assert_close(given[0], torch.cat([expected, probabilities], 1))
+    assert not {"mean", "std"} & set(detector.state_dict())
+
+
 def test_norm_is_over_the_batch_for_one_half_and_over_each_picture_for_the_other():
     x = torch.randn(3, 6, 5, 4) * torch.tensor([1.0, 5.0, 9.0])[:, None, None, None] + 2
     normed = IBNorm(6)(x)

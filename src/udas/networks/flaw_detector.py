@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
 
 from udas.errors import DataError
@@ -34,7 +35,9 @@ class FlawDetector(nn.Module):
     """F (Ke et al., ECCV 2020): 4x4 convolutions, each with IBNorm and LeakyReLU, on a picture and its prediction.
 
     The first of four stages is one convolution of stride 2, the others are one of stride 2 and one of stride 1; a
-    linear classifier of stride 2 follows. Paddings are 1, so that a convolution of stride 1 takes one pixel off.
+    linear classifier of stride 2 follows. Paddings are 1, so that a convolution of stride 1 takes one pixel off. Pictures
+    are normalised by ImageNet's mean and deviation, as in the released code: in [0, 1] they would count little beside
+    the prediction.
 
     Args:
         classes: C.
@@ -45,6 +48,10 @@ class FlawDetector(nn.Module):
 
     def __init__(self, classes: int, width: int = 64, stages: int = 4, batch_share: float = 0.5) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.std: Tensor
+        for name, values in (("mean", IMAGENET_DEFAULT_MEAN), ("std", IMAGENET_DEFAULT_STD)):
+            self.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
         layers: list[nn.Module] = []
         before = 3 + classes
         for stage in range(stages):
@@ -75,7 +82,8 @@ class FlawDetector(nn.Module):
                 f"a picture of {height} x {width}: the flaw detector needs sides of at least {self.smallest}; "
                 "make detector_stages smaller or pictures larger"
             )
-        scores = full_precision(self.classifier(self.layers(torch.cat([image, probabilities], dim=1))))
+        seen = torch.cat([(image - self.mean) / self.std, probabilities], dim=1)
+        scores = full_precision(self.classifier(self.layers(seen)))
         return F.interpolate(scores, size=(height, width), mode="bilinear", align_corners=True)
 
 
