@@ -113,14 +113,13 @@ class NaiveUniMatch(Naive):
         known, seen, c, terms = batch.labelled, batch.unlabelled, self.c, self.source(batch)
         n, images = len(known.image), torch.cat([known.image, seen.image])
         maps = self.net.encoder((images - self.net.mean) / self.net.std)
-        outputs = self.decoded(maps)
+        for k in range(1, len(maps)):  # kept channels of all pictures, then what is left of them
+            drawn = channel_dropout(torch.ones_like(maps[k]), known.seeds + seen.seeds, c.dropout, str(k - 1))
+            maps[k] = torch.cat([maps[k], maps[k] * (drawn > 0) / (1 - c.dropout)])
+        outputs, m = self.decoded(maps), len(images)
         terms["labelled"] = self.cross_entropy([logits[:n] for logits in outputs], known.label)
-        believed = self.believed(outputs[0][n:])
-        maps = [entry[n:] for entry in maps]
-        for k in range(1, len(maps)):
-            drawn = channel_dropout(torch.ones_like(maps[k]), seen.seeds, c.dropout, str(k - 1))
-            maps[k] = maps[k] * (drawn > 0) / (1 - c.dropout)
-        terms["features"] = c.features * self.loss(self.decoded(maps), believed)
+        believed = self.believed(outputs[0][n:m])
+        terms["features"] = c.features * self.loss([logits[m + n :] for logits in outputs], believed)
         image_1, believed_1 = self.view(seen, seen.seeds, believed)
         image_2, believed_2 = self.view(seen, [seed_of(seed, "second") for seed in seen.seeds], believed)
         both = self.net.levels(torch.cat([image_1, image_2]))

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from udas.config import SegmentationConfig
 from udas.data.batch import Batch, Block, Stream
-from udas.losses import kl_divergence
+from udas.data.mixing import inside_picture
+from udas.losses import kl_divergence, masked_mean
 from udas.methods.base import SegmentationMethod, Task
 from udas.methods.domains import supervise
 from udas.methods.frozen import Frozen
@@ -35,7 +36,7 @@ class DLDM(SegmentationMethod[DLDMConfig]):
         q = 1/K sum_k softmax f_k(x_u)
         L = labelled CE(f(x_l), y_l) + distillation mean KL(q || softmax f(x_u))     (+ pseudo CE(f(x_p), y_p))
 
-    The divergence is summed over classes; its mean is over pixels. No synthetic picture is seen: what these know comes
+    The divergence is summed over classes; its mean is over the pixels inside the pictures. No synthetic picture is seen: what these know comes
     through the teachers. Pseudo-labels are for a last student; in the publication they train the next round's teachers.
     """
 
@@ -59,4 +60,5 @@ class DLDM(SegmentationMethod[DLDMConfig]):
                 supervise(minimise, self.segmenter, pseudo, "pseudo", c.auxiliary, c.pseudo)
 
     def _divergence(self, block: Block) -> Tensor:
-        return kl_divergence(self.teachers.logits(block.image), self.segmenter(block.image)).mean()
+        divergence = kl_divergence(self.teachers.logits(block.image), self.segmenter(block.image))
+        return masked_mean(divergence, inside_picture(block.image))

@@ -43,7 +43,8 @@ class UniMatch(SegmentationMethod[UniMatchConfig]):
         L          = (CE(f(x_l), y_l) + images (L_s1 + L_s2) + features L_fp   + source CE(f(x_s), y_s)) / 2
 
     dropout zeroes whole channels of every feature map of the encoder, picture by picture. One pass of the encoder over
-    labelled pictures and weak views together gives f(x_l), y and L_fp.
+    labelled pictures and weak views together, and one of the decoder over its features and the dropped ones, gives
+    f(x_l), y and L_fp, as in the released code.
     """
 
     settings = UniMatchConfig
@@ -68,14 +69,15 @@ class UniMatch(SegmentationMethod[UniMatchConfig]):
     def _learn(self, labelled: Block, target: Block) -> tuple[dict[str, Tensor], Believed]:
         """Losses on labels and on dropped features, of one pass of the encoder; what is believed of weak views."""
         image, c, count = together(labelled, target), self.config, len(labelled.image)
-        pyramid = self.segmenter.encode(image)
-        outputs = self.segmenter.decode(pyramid, image).levels
-        believed = believe(outputs[0].detach()[count:], target.image)
-        maps = [channel_dropout(entry[count:], target.seeds, c.dropout, str(k)) for k, entry in enumerate(pyramid[1:])]
-        dropped = self.segmenter.decode([pyramid[0][count:], *maps], target.image).levels
+        pyramid, seeds = self.segmenter.encode(image), (*labelled.seeds, *target.seeds)
+        dropped = [channel_dropout(entry, seeds, c.dropout, str(k)) for k, entry in enumerate(pyramid[1:])]
+        both = [torch.cat(pair) for pair in zip(pyramid, [pyramid[0], *dropped], strict=True)]
+        outputs = self.segmenter.decode(both, torch.cat([image, image])).levels
+        believed = believe(outputs[0].detach()[count : len(image)], target.image)
+        without = [output[len(image) + count :] for output in outputs]
         losses = {
             "labelled": HALF * label_loss(outputs, labelled, c.auxiliary),
-            "features": HALF * c.features * pseudo_loss(dropped, believed, c),
+            "features": HALF * c.features * pseudo_loss(without, believed, c),
         }
         return losses, believed
 
