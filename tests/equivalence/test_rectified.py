@@ -47,7 +47,11 @@ class Naive:
             count = int((label == k).sum())
             self.often[k] = 0.9 * self.often[k] + 0.1 * (c.rare_weight if count == 0 else 1)
             weights.append(self.often[k] * (c.rare_weight if count < c.rare_share * label.numel() else 1))
-        terms = {"pseudo": rectified(main, aux, label, weights) + c.auxiliary * rectified(aux, main, label, weights)}
+        if c.plain is None:
+            losses = [rectified(main, aux, label, weights), rectified(aux, main, label, weights)]
+        else:
+            losses = [plain(z, label, weights) for z in (main, aux)]
+        terms = {"pseudo": losses[0] + c.auxiliary * losses[1]}
         if batch.labelled is not None:
             main, aux = (naive_cross_entropy(z, batch.labelled.label) for z in self.net.levels(batch.labelled.image))
             terms["labelled"] = c.labelled * (main + c.auxiliary * aux)
@@ -68,9 +72,23 @@ def rectified(logits, other, label, weights):
     return torch.stack(terms).mean()
 
 
+def plain(logits, label, weights):
+    """Pixel by pixel: sum of w_y l over the sum of w_y."""
+    found = []
+    for b, y, x in (label != IGNORE).nonzero().tolist():
+        k = int(label[b, y, x])
+        found.append((weights[k] * -torch.log(torch.softmax(logits[b, :, y, x], 0)[k]), weights[k]))
+    return sum(loss for loss, _ in found) / sum(weight for _, weight in found)
+
+
 @pytest.mark.parametrize(
     ("streams", "settings"),
-    [((Stream.PSEUDO,), {}), (BOTH, {"labelled": 0.3, "auxiliary": 0.8}), ((Stream.PSEUDO,), {"rare_weight": 1})],
+    [
+        ((Stream.PSEUDO,), {}),
+        (BOTH, {"labelled": 0.3, "auxiliary": 0.8}),
+        ((Stream.PSEUDO,), {"rare_weight": 1}),
+        (BOTH, {"plain": 1}),
+    ],
 )
 def test_step_is_the_formula(streams, settings):
     method = make(streams, **settings)
@@ -81,6 +99,11 @@ def test_step_is_the_formula(streams, settings):
     found = method.segmenter.state_dict()
     for key, value in naive.net.state_dict().items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=5e-6, msg=key)
+
+
+def test_plain_pseudo_labels_are_learnt_on_the_hardest_pixels():
+    few, every = (make(plain=share, rare_weight=1)._learn(batch(0, ()).pseudo) for share in (0.1, 1))
+    assert few > 1.2 * every
 
 
 def test_one_output_is_a_mistake():

@@ -36,8 +36,9 @@ class DLDM(SegmentationMethod[DLDMConfig]):
         q = 1/K sum_k softmax f_k(x_u)
         L = labelled CE(f(x_l), y_l) + distillation mean KL(q || softmax f(x_u))     (+ pseudo CE(f(x_p), y_p))
 
-    The divergence is summed over classes; its mean is over the pixels inside the pictures. No synthetic picture is seen: what these know comes
-    through the teachers. Pseudo-labels are for a last student; in the publication they train the next round's teachers.
+    The divergence is summed over classes; its mean is over the pixels inside the pictures. No synthetic picture is
+    seen: what these know comes through the teachers. Pseudo-labels are for a last student; in the publication they
+    train the next round's teachers.
     """
 
     settings = DLDMConfig

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from udas.config import SegmentationConfig, Share
 from udas.data.batch import Batch, Block, Stream
-from udas.losses import rectified_cross_entropy
+from udas.losses import balanced_cross_entropy, rectified_cross_entropy
 from udas.methods.base import SegmentationMethod, Task
 from udas.methods.domains import supervise
 from udas.methods.mrnet import ClassBalance, require_two_outputs
@@ -23,6 +23,9 @@ class RectifiedConfig(SegmentationConfig):
     rare_weight: float = Field(7.0, ge=1, description="weight of a class that is rare in the batch; 1 = no balancing")
     rare_share: Share = Field(1 / 32, description="a class with a smaller share of the batch's pixels is rare")
     labelled: float = Field(1.0, ge=0, description="weight of cross-entropy on labelled real pictures, where given")
+    plain: Share | None = Field(
+        None, description="to compare with: plain pseudo-labels by the L_seg of mrnet, on this share of hardest pixels"
+    )
 
 
 class Rectified(SegmentationMethod[RectifiedConfig]):
@@ -31,7 +34,8 @@ class Rectified(SegmentationMethod[RectifiedConfig]):
         L_rect(a, b) = mean [exp(-D) w_y CE(z^a, y) + D]        D = KL(P^b || P^a) per pixel, P = softmax z
 
     D stands for the variance of the prediction: no threshold on the pseudo-labels has to be chosen. Gradients flow
-    through all of it. w of `ClassBalance`.
+    through all of it. w of `ClassBalance`. Plain pseudo-labels, what it is compared with, are learnt as `MRNet` learns
+    the source's labels: L = CE_w(z^main, y) + lambda_seg CE_w(z^aux, y) on the hardest pixels.
     """
 
     settings = RectifiedConfig
@@ -48,13 +52,15 @@ class Rectified(SegmentationMethod[RectifiedConfig]):
         pseudo, labelled = batch.pseudo, batch.labelled
         assert pseudo is not None
         with self.update("segmenter") as minimise:
-            minimise(self._rectified(pseudo), "pseudo")
+            minimise(self._learn(pseudo), "pseudo")
             if labelled is not None and self.config.labelled:
                 supervise(minimise, self.segmenter, labelled, "labelled", self.config.auxiliary, self.config.labelled)
 
-    def _rectified(self, block: Block) -> Tensor:
+    def _learn(self, block: Block) -> Tensor:
         assert block.label is not None
-        main, auxiliary = self.segmenter.levels(block.image)
-        weight = self.balance(block.label)
-        loss = rectified_cross_entropy(main, auxiliary, block.label, weight)
-        return loss + self.config.auxiliary * rectified_cross_entropy(auxiliary, main, block.label, weight)
+        z, label, c, weight = self.segmenter.levels(block.image), block.label, self.config, self.balance(block.label)
+        if c.plain is None:
+            main, auxiliary = (rectified_cross_entropy(*pair, label, weight) for pair in (z, z[::-1]))
+        else:
+            main, auxiliary = (balanced_cross_entropy(output, label, weight, c.plain) for output in z)
+        return main + c.auxiliary * auxiliary

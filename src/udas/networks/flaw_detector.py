@@ -35,9 +35,9 @@ class FlawDetector(nn.Module):
     """F (Ke et al., ECCV 2020): 4x4 convolutions, each with IBNorm and LeakyReLU, on a picture and its prediction.
 
     The first of four stages is one convolution of stride 2, the others are one of stride 2 and one of stride 1; a
-    linear classifier of stride 2 follows. Paddings are 1, so that a convolution of stride 1 takes one pixel off. Pictures
-    are normalised by ImageNet's mean and deviation, as in the released code: in [0, 1] they would count little beside
-    the prediction.
+    linear classifier of stride 2 follows. Paddings are 1, so that a convolution of stride 1 takes one pixel off.
+    Pictures are normalised by ImageNet's mean and deviation, as in the released code: in [0, 1] they would count little
+    beside the prediction.
 
     Args:
         classes: C.

@@ -27,6 +27,7 @@ NEUTRAL: dict[str, Any] = {
     "average": "logits",
     "semantic": 0.0,
     "horizon": None,
+    "plain": None,
 }
 """Settings that joined format 1 later, with the value that changes nothing: there fingerprints leave them out."""
 
