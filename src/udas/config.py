@@ -126,6 +126,9 @@ class NetworkConfig(Config):
         "train",
         description="the encoder's batch norm: trained; scale and shift fixed but batch statistics; all fixed",
     )
+    norm_eps: float | None = Field(
+        None, gt=0, description="epsilon of the encoder's batch norm; null = timm's (1e-5 in ResNets)"
+    )
     align_corners: bool = Field(False, description="how logits are upsampled to the size of the picture")
     strict: bool = Field(True, description="missing or left-over encoder keys are an error")
 

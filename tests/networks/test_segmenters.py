@@ -219,7 +219,15 @@ def test_caffe_style_puts_the_stride_on_the_first_convolution():
         assert first.conv2.stride == (1, 1)
         for block in net[stage]:
             assert block.conv2.dilation == block.conv2.padding == (dilation, dilation)
-    assert {norm.eps for norm in batch_norms(network.encoder)} == {1e-3}
+
+
+@pytest.mark.parametrize(
+    ("style", "eps", "expected"), [("caffe", None, 1e-5), ("caffe", 0.001, 1e-3), ("timm", 0.1, 0.1)]
+)
+def test_epsilon_of_the_encoders_batch_norm(style, eps, expected):
+    network = build("deeplabv2", encoder=RESNET, style=style, norm_eps=eps)
+    assert {norm.eps for norm in batch_norms(network.encoder)} == {expected}
+    assert 0.1 not in {norm.eps for norm in batch_norms(network.decoder)}
 
 
 def test_caffe_style_pools_to_65_of_512():

@@ -60,7 +60,7 @@ class Rectified(SegmentationMethod[RectifiedConfig]):
         assert block.label is not None
         z, label, c, weight = self.segmenter.levels(block.image), block.label, self.config, self.balance(block.label)
         if c.plain is None:
-            main, auxiliary = (rectified_cross_entropy(*pair, label, weight) for pair in (z, z[::-1]))
+            main, auxiliary = (rectified_cross_entropy(a, b, label, weight) for a, b in (z, z[::-1]))
         else:
             main, auxiliary = (balanced_cross_entropy(output, label, weight, c.plain) for output in z)
         return main + c.auxiliary * auxiliary

@@ -18,7 +18,6 @@ from udas.errors import ConfigError
 from udas.validation import nearest
 
 CAFFE_MEAN = (122.67891434, 116.66876762, 104.00698793)  # RGB, 0-255: ImageNet mean of the DeepLab v2 release
-CAFFE_EPS = 1e-3
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def caffe_style(encoder: nn.Module) -> None:
 
     The stride moves from the 3x3 to the first 1x1 convolution of a stage. The 3x3 convolution thus already works on the
     coarser grid, so that in a dilated stage it takes the dilation of that stage from its first block on. Pooling rounds
-    up; batch norm has eps 1e-3. Keys and shapes of the weights do not change.
+    up. Keys and shapes of the weights do not change.
 
     Raises:
         ConfigError: when the encoder is not a ResNet with bottlenecks.
@@ -99,8 +98,6 @@ def caffe_style(encoder: nn.Module) -> None:
         first.conv1.stride, first.conv2.stride = first.conv2.stride, (1, 1)
         first.conv2.dilation = first.conv2.padding = other.conv2.dilation
     net["maxpool"].ceil_mode = True
-    for norm in batch_norms(encoder):
-        norm.eps = CAFFE_EPS
 
 
 def batch_norms(module: nn.Module) -> list[_BatchNorm]:

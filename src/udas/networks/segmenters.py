@@ -257,6 +257,9 @@ def build_segmenter(config: NetworkConfig, classes: int, pretrained: bool = True
     encoder, decoder = SEGMENTERS[config.name].parts(config.encoder, config.output_stride, classes)
     if config.style == "caffe":
         caffe_style(encoder)
+    if config.norm_eps is not None:
+        for norm in batch_norms(encoder):
+            norm.eps = config.norm_eps
     if pretrained and config.weights is not None:
         logger.info("%s", load_encoder_weights(encoder, config))
     segmenter = Segmenter(encoder, decoder, config, classes, normalisation_of(config.encoder, config.style))

@@ -28,6 +28,7 @@ NEUTRAL: dict[str, Any] = {
     "semantic": 0.0,
     "horizon": None,
     "plain": None,
+    "norm_eps": None,
 }
 """Settings that joined format 1 later, with the value that changes nothing: there fingerprints leave them out."""
 
