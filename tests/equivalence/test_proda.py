@@ -16,6 +16,8 @@ from udas.data.randaugment import draw_strong
 from udas.errors import ConfigError
 from udas.methods.distil import Distil, DistilConfig
 from udas.methods.proda import ProDA, ProDAConfig, masked
+from udas.networks.segmenters import Outputs
+from udas.pipeline.models import Reweighted
 from udas.validation import validate
 
 STEPS = 5
@@ -218,6 +220,21 @@ def test_black_borders_teach_nothing_and_move_no_prototype():
     assert found[0] == found[1]
     label = torch.arange(2).view(2, 1, 1).expand(2, 4, 6)
     assert (masked(label, inside) == IGNORE).tolist() == [[[False] * 3 + [True] * 3] * 4] * 2
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_weights_are_enlarged_as_the_network_enlarges_its_logits(align_corners):
+    """In training and for labels; every class is as likely, so that the weights decide."""
+    method, image = proda(soft_label="moving"), torch.rand(2, 3, 33, 48)
+    features = torch.randn(2, method.prototypes.vectors.shape[1], 5, 6)
+    said = Outputs((torch.zeros(2, C, 33, 48),), features, align_corners)
+    like = {"size": (33, 48), "mode": "bilinear", "align_corners": align_corners}
+    expected = F.interpolate(method.prototypes.weights(features), **like)
+    torch.testing.assert_close(method._believe(image, said).classes, expected)
+    network = torch.nn.Identity()
+    network.outputs = lambda _: said
+    log = F.interpolate(method.prototypes.log_weights(features), **like)
+    torch.testing.assert_close(Reweighted(network, method.prototypes)(image), log)
 
 
 def test_black_borders_have_no_structure():

@@ -86,12 +86,12 @@ class FDA(SegmentationMethod[FDAConfig]):
 def _restyled(source: Tensor, target: Tensor, beta: float) -> Tensor:
     """x_{s->t} of pictures [B, 3, H, W]; the black beyond a picture stays black, and lends or takes no style."""
     inside = inside_picture(source)[:, None]
-    return torch.where(inside, swap_amplitude(_filled(source), _filled(target), beta), source)
+    lender = _filled(target, inside_picture(target)[:, None])
+    return torch.where(inside, swap_amplitude(_filled(source, inside), lender, beta), source)
 
 
-def _filled(image: Tensor) -> Tensor:
-    """The pictures with their mean colour beyond their borders."""
-    inside = inside_picture(image)[:, None]
+def _filled(image: Tensor, inside: Tensor) -> Tensor:
+    """The pictures with their mean colour where the mask [B, 1, H, W] is False."""
     mean = (image * inside).sum((2, 3), keepdim=True) / inside.sum((2, 3), keepdim=True).clamp(min=1)
     return torch.where(inside, image, mean)
 
