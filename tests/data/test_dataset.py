@@ -239,6 +239,25 @@ def test_pseudo_labels(root: Path, tmp_path: Path) -> None:
     assert pictures.with_labels(tmp_path / "labels").confidence(0) is None
 
 
+def test_real_labels_replace_pseudo_labels(root: Path, tmp_path: Path) -> None:
+    real = opened(root).labelled("train", "all")
+    first, second = (picture.name for picture in real.pictures[:2])
+    for name in (first, second):
+        write(tmp_path / f"labels/{name}.png", np.full((6, 8), 10, np.uint8))
+        write(tmp_path / f"confidence/{name}.png", np.full((6, 8), 200, np.uint8))
+    made = opened(root).unlabelled("train").with_labels(tmp_path / "labels", tmp_path / "confidence")
+    granted = replace(real, pictures=real.pictures[1:], labels={second: real.labels[second]})  # other indices
+    pictures = made.with_known(granted)
+    assert [picture.name for picture in pictures.pictures] == [first, second]
+    assert (pictures.label(0) == 10).all()
+    assert (pictures.confidence(0) == 200).all()
+    assert torch.equal(pictures.label(1), real.label(1))
+    assert not (pictures.label(1) == 10).all()
+    assert (pictures.confidence(1) == 255).all()
+    assert pictures.confidence(1).shape == pictures.label(1).shape
+    assert pictures.fingerprint() != made.fingerprint()
+
+
 @pytest.mark.parametrize("made", [(6, 8), (3, 4)])
 def test_pseudo_labels_at_either_size(root: Path, tmp_path: Path, made: tuple[int, int]) -> None:
     pictures = pseudo(root, tmp_path, np.full(made, 10, np.uint8), size=[3, 4])

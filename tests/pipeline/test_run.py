@@ -13,17 +13,22 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
+from PIL import Image
 from rich.console import Console
 
 from tiny_run import CPU, QUIET, loaded, make_world, raw_run, run_file
+from udas.data.batch import Stream
 from udas.errors import ConfigError, DataError, RunError
 from udas.pipeline import run as pipeline
 from udas.pipeline.config import RunConfig, build_run, load_run
 from udas.pipeline.context import Context
 from udas.pipeline.plan import plan, settings
 from udas.pipeline.run import run, show_plan
+from udas.pipeline.stages import train_streams
 
 FIRST = {
     "first": {"method": {"name": "supervised"}, "streams": ["source"], "training": {"augment": {"crop": [32, 32]}}}
@@ -231,6 +236,27 @@ def test_an_output_folder_that_cannot_be_made_is_an_error_of_the_user(world: Pat
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"file/run: the output folder cannot be written .* choose another with --out"):
         run(configured(world, tmp_path), tmp_path / "file" / "run", CPU, QUIET)
+
+
+# ----------------------------------------------------------------------------------------------------------- streams
+
+
+@pytest.mark.parametrize("streams", [["pseudo", "labelled"], ["pseudo"]])
+def test_a_student_that_sees_real_labels_has_them_among_the_pseudo_labels(
+    world: Path, finished: Path, streams: list[str]
+) -> None:
+    student = {"student": {"method": {"name": "supervised"}, "streams": streams, "pseudo": "labels"}}
+    context = Context(build_run(raw_run(world, FIRST | SECOND | student), "file"), finished, CPU)
+    given = train_streams(context, "student", context.config.stages["student"])
+    granted = {picture.name for picture in context.labelled(context.config.stages["student"]).pictures}
+    pseudo = given[Stream.PSEUDO]
+    assert 0 < len(granted) < len(pseudo)
+    truth = context.target.labelled("train", "all")
+    for index, picture in enumerate(pseudo.pictures):
+        real = picture.name in granted and "labelled" in streams
+        made = torch.from_numpy(np.array(Image.open(finished / "labels/labels" / f"{picture.name}.png")))
+        assert torch.equal(pseudo.label(index), truth.label(index) if real else made)
+        assert not torch.equal(truth.label(index), made)
 
 
 # ----------------------------------------------------------------------------------------------------------- rounds

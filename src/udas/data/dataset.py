@@ -78,6 +78,7 @@ class PictureSet:
     label_map: from file values to run ids; None when the files hold run ids already (pseudo-labels).
     channel: channel of the label files that holds the id.
     confidences: folder of the pseudo-labels' confidence.
+    known: pictures with real labels, which replace their pseudo-labels.
     repainted: the pictures were made by a generator, whose output may have another size than the labels.
     image_cache, label_cache: picture name -> exactly what `image` and `label` would give; looked up first.
     """
@@ -90,6 +91,7 @@ class PictureSet:
     label_map: LabelMap | None = None
     channel: int | None = None
     confidences: Path | None = None
+    known: PictureSet | None = None
     repainted: bool = False
     image_cache: Mapping[str, Tensor] | None = None
     label_cache: Mapping[str, Tensor] | None = None
@@ -116,12 +118,17 @@ class PictureSet:
             DataError: unreadable file, values without a rule, or a size that differs from the picture's.
             KeyError: the picture has no label in this set.
         """
-        name = self.pictures[index].name
+        return self._label(self.pictures[index])
+
+    def _label(self, picture: Picture) -> Tensor:
+        name = picture.name
+        if self.known is not None and name in self.known.labels:
+            return self.known._label(picture)
         if self.label_cache is not None and name in self.label_cache:
             return self.label_cache[name]
         path = self.labels[name]
         raw = read_label(path, self.channel)
-        target = self._fit(index, path, (raw.shape[0], raw.shape[1]))
+        target = self._fit(picture, path, (raw.shape[0], raw.shape[1]))
         ids = _run_ids(raw, self.classes, path) if self.label_map is None else self.label_map.apply(raw, path)
         return resize_label(torch.from_numpy(ids), target)
 
@@ -129,11 +136,14 @@ class PictureSet:
         """Confidence of the pseudo-label, uint8 [H, W] (255 is certain), at `size`; None where there is none."""
         if self.confidences is None:
             return None
-        path = self.confidences / f"{self.pictures[index].name}.png"
+        name = self.pictures[index].name
+        if self.known is not None and name in self.known.labels:
+            return torch.full_like(self.label(index), 255)
+        path = self.confidences / f"{name}.png"
         raw = read_label(path)
         if raw.ndim != 2 or raw.dtype != np.uint8:
             raise DataError(f"{path}: a confidence is an 8-bit PNG with one channel")
-        target = self._fit(index, path, (raw.shape[0], raw.shape[1]))
+        target = self._fit(self.pictures[index], path, (raw.shape[0], raw.shape[1]))
         return resize_label(torch.from_numpy(raw), target)
 
     def with_images(self, folder: Path) -> PictureSet:
@@ -169,6 +179,10 @@ class PictureSet:
         bare = replace(self, pictures=pictures, label_map=None, channel=None, label_cache=None)
         return replace(bare, labels=labels, confidences=confidence)
 
+    def with_known(self, real: PictureSet) -> PictureSet:
+        """The same pseudo-labelled pictures; those that `real` has labels of show these, with full confidence."""
+        return replace(self, known=real)
+
     def fixed(self, count: int) -> list[int]:
         """At most `count` evenly spaced indices: the pictures that previews and reports show."""
         count = min(count, len(self))
@@ -178,6 +192,7 @@ class PictureSet:
         """Hash of all that decides what the set gives; the place and age of the files are left out."""
         rules = None if self.label_map is None else [self.label_map.ids, self.label_map.colours]
         head = [self.domain, self.classes, self.size, self.channel, self.repainted, rules]
+        head += [] if self.known is None else [self.known.fingerprint()]
         digest = hashlib.blake2b(json.dumps(head, default=list).encode(), digest_size=16)
         for picture in self.pictures:
             sizes = [file.name + str(file.stat().st_size) for file in self._files(picture)]
@@ -191,12 +206,12 @@ class PictureSet:
         if self.confidences is not None:
             yield self.confidences / f"{picture.name}.png"
 
-    def _fit(self, index: int, path: Path, found: Size) -> Size:
+    def _fit(self, picture: Picture, path: Path, found: Size) -> Size:
         """The size a label of size `found` is brought to. Raises `DataError` when it does not fit its picture."""
         at_size = self.label_map is None and self.size is not None and found == tuple(self.size)
         if self.size is not None and (self.repainted or at_size):
             return self.size
-        image = self.pictures[index].image
+        image = picture.image
         native = image_size(image)
         if not (self.repainted or found == native):
             sizes = f"{found[1]}x{found[0]} (width x height), but its picture {image} is {native[1]}x{native[0]}"

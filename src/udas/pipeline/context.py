@@ -74,6 +74,10 @@ class Context:
         """The real pictures whose labels this stage was granted."""
         return self._cached(self.target.labelled(self.config.data.train_split, self.granted(stage)))
 
+    def with_real_labels(self, name: str, stage: TrainStage, pseudo: PictureSet) -> PictureSet:
+        """Pseudo-labelled pictures, with real labels where the stage sees these anyway, in its stream `labelled`."""
+        return pseudo.with_known(self.labelled(stage)) if Stream.LABELLED in self.streams(name, stage) else pseudo
+
     def granted(self, stage: TrainStage) -> Labelled:
         """Which real labels this stage may see."""
         return self.config.data.target.labelled if stage.labelled is None else stage.labelled

@@ -126,7 +126,7 @@ def _data(context: Context, name: str, stage: AnyStage) -> dict[str, str | None]
             Stream.SOURCE: lambda: context.source_pictures.fingerprint(),
             Stream.LABELLED: lambda: context.labelled(stage).fingerprint(),
             Stream.UNLABELLED: lambda: context.unlabelled.fingerprint(),
-            Stream.PSEUDO: lambda: context.unlabelled.fingerprint(),
+            Stream.PSEUDO: lambda: context.with_real_labels(name, stage, context.unlabelled).fingerprint(),
         }
         return {stream: makers[stream]() for stream in sorted(context.streams(name, stage))}
     if isinstance(stage, TranslateStage):

@@ -163,7 +163,7 @@ def train_streams(context: Context, name: str, stage: TrainStage) -> dict[Stream
         Stream.SOURCE: lambda: _source(context, stage),
         Stream.LABELLED: lambda: context.labelled(stage),
         Stream.UNLABELLED: lambda: _unlabelled(context, stage),
-        Stream.PSEUDO: lambda: _pseudo(context, stage),
+        Stream.PSEUDO: lambda: _pseudo(context, name, stage),
     }
     return {stream: makers[stream]() for stream in sorted(context.streams(name, stage))}
 
@@ -178,8 +178,9 @@ def _unlabelled(context: Context, stage: TrainStage) -> PictureSet:
     return pictures if stage.hard is None else restricted(pictures, context.folder / stage.hard, "hard")
 
 
-def _pseudo(context: Context, stage: TrainStage) -> PictureSet:
+def _pseudo(context: Context, name: str, stage: TrainStage) -> PictureSet:
     assert stage.pseudo is not None
     folder = context.folder / stage.pseudo
     confidence = folder / "confidence"
-    return context.unlabelled.with_labels(folder / "labels", confidence if confidence.exists() else None)
+    pictures = context.unlabelled.with_labels(folder / "labels", confidence if confidence.exists() else None)
+    return context.with_real_labels(name, stage, pictures)
