@@ -51,7 +51,7 @@ def batch(step, streams=SSL, labelled=2, unlabelled=2):
 def double(monkeypatch):
     """Networks in double precision: which map is smaller by 1e-7 decides what a pixel learns."""
     monkeypatch.setattr(
-        Segmenter, "_upsample", lambda _, logits, image: F.interpolate(logits, image.shape[-2:], mode="bilinear")
+        Segmenter, "enlarge", lambda _, logits, image: F.interpolate(logits, image.shape[-2:], mode="bilinear")
     )
     return lambda seen: Batch(
         **{name: replace(getattr(seen, name), image=getattr(seen, name).image.double()) for name in seen.names()}

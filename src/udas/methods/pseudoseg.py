@@ -118,8 +118,7 @@ class PseudoSeg(SegmentationMethod[PseudoSegConfig]):
         (height, width), (tall, wide) = image.shape[-2:], pyramid[0].shape[-2:]
         visible = F.pad(inside_picture(image), (0, wide - width, 0, tall - height))
         features = [entry for entry in pyramid[1:] if entry.shape[1]][-2:]
-        logits, align = self.sgc.refine(features, present, visible), self.segmenter.config.align_corners
-        return F.interpolate(logits, (tall, wide), mode="bilinear", align_corners=align)[..., :height, :width]
+        return self.segmenter.enlarge(self.sgc.refine(features, present, visible), image)
 
     def _consistency(self, block: Block, target: Tensor) -> Tensor:
         """L_u: soft cross-entropy of strong views against `target`, the mean over the pixels that both views show."""

@@ -160,7 +160,7 @@ class Segmenter(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """Main logits, float32 [B, C, H, W], also under autocast."""
-        return self._upsample(self.decoder(self.encode(image)), image)
+        return self.enlarge(self.decoder(self.encode(image)), image)
 
     def levels(self, image: Tensor) -> tuple[Tensor, ...]:
         """Logits of every level, main first; float32 [B, C, H, W] each."""
@@ -184,8 +184,15 @@ class Segmenter(nn.Module):
         """The outputs from feature maps that `encode` made of pictures of this size, changed or not."""
         representation = self.decoder.represent(pyramid)
         levels = [self.decoder.classify(representation, pyramid), *self.decoder.auxiliary(pyramid)]
-        enlarged = tuple(self._upsample(logits, image) for logits in levels)
+        enlarged = tuple(self.enlarge(logits, image) for logits in levels)
         return Outputs(enlarged, self._crop(representation, image), self.config.align_corners)
+
+    def enlarge(self, logits: Tensor, image: Tensor) -> Tensor:
+        """Logits [B, K, h, w] of pictures [B, 3, H, W] at their size, float32 [B, K, H, W], without the padding."""
+        size, logits = self._padded(image), logits.float()
+        if logits.shape[-2:] != size:
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=self.config.align_corners)
+        return logits[..., : image.shape[-2], : image.shape[-1]]
 
     def features(self, image: Tensor) -> list[Tensor]:
         """The encoder's feature maps below the picture's own size, from shallow to deep, [B, D_k, h_k, w_k]."""
@@ -213,12 +220,6 @@ class Segmenter(nn.Module):
         step = self.multiple or 1
         height, width = image.shape[-2:]
         return -(-height // step) * step, -(-width // step) * step
-
-    def _upsample(self, logits: Tensor, image: Tensor) -> Tensor:
-        size, logits = self._padded(image), logits.float()
-        if logits.shape[-2:] != size:
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=self.config.align_corners)
-        return logits[..., : image.shape[-2], : image.shape[-1]]
 
     def _crop(self, features: Tensor, image: Tensor) -> Tensor:
         """Features without those of the padding."""
