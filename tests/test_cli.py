@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors import safe_open
@@ -22,6 +23,8 @@ from typer.main import get_command
 from tiny_run import NETWORK, described, make_world, raw_run
 from udas import cli
 from udas.config import NetworkConfig
+from udas.data.dataset import load_domain
+from udas.data.streets import ensure
 from udas.networks import pretrained
 from udas.networks.segmenters import build_segmenter
 from udas.networks.weights import save_segmenter
@@ -418,6 +421,45 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 # ------------------------------------------------------------------------------------------------- what commands do
 
 
+def test_labels_of_another_network_are_not_passed_off_as_this_ones(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["label", trained(), data_file(world), "--views", "1", "--out", "made"]
+
+    def code(*arguments: str) -> object:
+        with pytest.raises(SystemExit) as left:
+            udas(*arguments)
+        return left.value.code
+
+    assert code(*command, "--threshold", "0") == 0
+    assert "100% of pixels kept" in capsys.readouterr().out
+    assert code(*command, "--threshold", "0") == 0  # goes on with its own
+    assert code(*command, "--threshold", "0.9") == 1
+    message = "error: made: holds something else, such as labels of another network or rule; choose another --out\n"
+    assert capsys.readouterr().err == message
+    torch.manual_seed(1)
+    trained()
+    assert code(*command, "--threshold", "0") == 1
+    assert code(*command[:-1], "other", "--threshold", "0.9", "--rule", "constant") == 0
+    thresholds = json.loads(Path("other/statistics.json").read_text())["thresholds"]
+    assert set(thresholds.values()) == {0.9}
+
+
+def test_looking_at_the_streets_of_a_run_adds_nothing_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    preset = load_domain("streets_camera").streets
+    assert preset is not None
+    ensure(preset.model_copy(update={"pictures": {"train": 2, "val": 1}}), Path("mine"))
+    before = sorted(Path("mine").rglob("*"))
+    with pytest.raises(SystemExit) as left:
+        udas("check", "streets_camera", "--root", "mine")
+    assert left.value.code == 0
+    assert sorted(Path("mine").rglob("*")) == before
+    assert "no problems" in capsys.readouterr().out
+
+
 def test_what_can_be_named_is_listed(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
         udas("list")
@@ -425,6 +467,7 @@ def test_what_can_be_named_is_listed(capsys: pytest.CaptureFixture[str]) -> None
     assert left.value.code == 0
     for name in ("demo", "gta5", "street11", "udas", "deeplabv2_multi", "proda"):
         assert re.search(rf"^ *{name} ", shown, re.MULTILINE), name
+    assert "AdvEnt on the embedded street world, with each loss, and its mean with MinEnt." in " ".join(shown.split())
 
 
 def test_the_schema_is_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:

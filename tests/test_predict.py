@@ -123,6 +123,12 @@ def test_broken_pictures_are_reported_after_all_others_are_done(folder, tmp_path
     assert written == ["a.png", "c.png", "d.png"]
 
 
+def test_where_no_picture_can_be_read_there_are_no_others(folder, tmp_path):
+    (folder / "0.jpg").write_text("no picture at all")
+    with pytest.raises(DataError, match=r"^no picture could be read\n  .*0\.jpg"):
+        run([folder / "0.jpg"], tmp_path / "out")
+
+
 def test_a_truncated_photo_is_broken_not_half_grey(folder, tmp_path):
     path = folder / "photo.jpg"
     draw(path, 0, (64, 64))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -18,12 +19,12 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
     help="""Train segmentation networks for real pictures from synthetic labels and a few real ones.
 
-    Begin with [bold]udas demo[/bold] (no data needed). Then describe your data in YAML, let [bold]udas check[/bold]
-    read it once, look at [bold]udas run FILE --plan[/bold], and run it. A run that was stopped goes on with the same
+    Begin with **udas demo** (no data needed). Then describe your data in YAML, let **udas check**
+    read it once, look at **udas run FILE --plan**, and run it. A run that was stopped goes on with the same
     command.
     """,
 )
@@ -103,7 +104,7 @@ def run(
     overrides: Overrides = None,
     out: RunFolder = None,
     plan: Annotated[
-        bool, typer.Option("--plan", help="Show what would be done, why, and its time and disk; do nothing.")
+        bool, typer.Option("--plan", help="Show what would be done, why, and its time and disk; train nothing.")
     ] = False,
 ) -> None:
     """Carry out a chain of stages; what is finished is kept, what was stopped goes on.
@@ -151,12 +152,21 @@ def label(
     split: Annotated[str, typer.Option(help="Split whose pictures are labelled.")] = "train",
     views: Annotated[int, typer.Option(min=1, help="Looks at each picture; the surest one counts per pixel.")] = 3,
     threshold: Annotated[float, typer.Option(min=0, max=1, help="Pixels less confident than this are left out.")] = 0.6,
+    rule: Annotated[
+        str,
+        typer.Option(help="constant: one threshold; class: lowered where less than --keep of a class would be left."),
+    ] = "class",
+    keep: Annotated[float, typer.Option(min=0, max=1, help="Rule class: share of each class that survives.")] = 0.5,
+    confidence: Annotated[bool, typer.Option(help="Also write the confidence of every pixel, 8 bit.")] = False,
     out: Out = Path("pseudo_labels"),
 ) -> None:
     """Label pictures with a network, as PNGs in its label space; work that was stopped goes on at the picture."""
+    from udas.pipeline.label import LabelConfig
     from udas.pipeline.single import label_pictures
+    from udas.validation import validate
 
-    label_pictures(model, data, root, split, views, threshold, out)
+    given = {"views": views, "threshold": threshold, "rule": rule, "keep": keep, "confidence": confidence}
+    label_pictures(model, data, root, split, validate(LabelConfig, given, "label"), out)
 
 
 @app.command(rich_help_panel="Look")
@@ -251,7 +261,8 @@ def main() -> None:
     try:
         app()
     except UdasError as error:
-        print(f"error: {error}", file=sys.stderr)
+        where = f" (process {rank})" if (rank := os.environ.get("RANK")) else ""
+        print(f"error{where}: {error}", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -181,7 +181,8 @@ def _load(sources: Sequence[Source], broken: dict[int, str], index: int) -> Samp
 def _report(broken: dict[int, str], total: int, out: Path) -> str:
     lines = [broken[index] for index in sorted(broken)]
     more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
-    head = f"{len(lines)} of {total} pictures could not be read; results of the others are in {out}"
+    others = f"{len(lines)} of {total} pictures could not be read; results of the others are in {out}"
+    head = "no picture could be read" if len(lines) == total else others
     return "\n  ".join([head, *lines[:_LISTED], *more])
 
 

@@ -56,6 +56,17 @@ def test_one_picture_per_process_cannot_be_mixed(
     rehearse(context({"it": stage | {"training": {"batch": 2 * world_size}}}, runtime), ["it"])
 
 
+def test_batches_that_the_processes_cannot_share_are_found_before_the_first_stage(
+    context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Runtime, "barrier", lambda _: None)
+    stage = {"method": {"name": "supervised"}, "streams": ["source", "labelled"], "training": {"batch": {"source": 6}}}
+    text = r"stages.it.training.batch: 6 source pictures cannot be shared by 4 processes; choose a multiple of 4"
+    with pytest.raises(ConfigError, match=text):
+        rehearse(context({"it": stage}, replace(CPU, world=4)), ["it"])
+    rehearse(context({"it": stage}, replace(CPU, world=2)), ["it"])
+
+
 def test_every_network_is_compiled_whatever_its_method_asks_it_for(
     context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -121,7 +121,7 @@ def test_a_plan_tells_and_writes_nothing(world: Path, finished: Path, tmp_path: 
     show_plan(config, tmp_path / "new", CPU, Console(file=out, width=200))
     assert files(finished) | files(world) | files(tmp_path) == before
     text = out.getvalue()
-    assert "finished with this configuration" in text
+    assert "reuse" in text
     assert "configuration, data or an earlier stage changed; the old folder is moved aside" in text
     assert "not there yet" in text
 
@@ -169,6 +169,9 @@ def test_a_changed_configuration_moves_the_old_work_aside(
     assert steps == [2, 3, 2]
     kept = {place: (tmp_path / place / "work").read_text() for place in ("first", "old/first.0", "old/first.1")}
     assert kept == {"first": "2", "old/first.0": "2", "old/first.1": "3"}
+    shutil.rmtree(tmp_path / "old/first.0")
+    run(configured(world, tmp_path, "training.steps=4"), tmp_path, CPU, QUIET)
+    assert [(tmp_path / "old" / name / "work").read_text() for name in ("first.0", "first.1")] == ["2", "3"]
 
 
 def replace_runners(monkeypatch: pytest.MonkeyPatch, **runners: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -81,6 +82,41 @@ def test_a_log_that_cannot_be_written_is_an_error_of_the_user(tmp_path: Path) ->
     with pytest.raises(RunError, match=r"log.jsonl: cannot be written .*the last checkpoint is kept"):
         log.losses(1, 0.0, {}, {}, 0.0)
     log.close()
+
+
+def test_a_board_that_cannot_be_written_is_one_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = TrainingLog(tmp_path, 0)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(log.board, "add_scalar", full)
+    with pytest.raises(RunError, match=r"No space left on device.*the last checkpoint is kept"):
+        log.losses(1, 0.0, {"source": 1.0}, {}, 0.0)
+    with pytest.raises(RunError, match="No space left on device"):
+        log.validation(1, {"miou": 0.5, "iou": {}})
+    monkeypatch.setattr(log.board, "close", full)
+    with pytest.raises(RunError, match="No space left on device"):
+        log.close()
+
+
+def test_without_a_terminal_lines_tell_of_losses_and_time_left(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(0, 10_000, 20))
+    monkeypatch.setattr("udas.training.log.time.monotonic", lambda: next(clock))
+    with Bar("teacher", 100) as bar:
+        for done in range(1, 5):  # every say is 20 seconds after the one before it
+            bar.say(f"source {done}")
+            bar.progress.update(bar.task, completed=done)
+    lines = [line for line in capsys.readouterr().out.splitlines() if "source" in line]
+    assert ["source 2" in lines[0], "source 4" in lines[1]] == [True, True]
+    assert lines[0].startswith("teacher  1/100")
+    assert len(lines) == 2
+    with Bar("teacher", 100, visible=False) as silent:
+        silent.said = -1000.0
+        silent.say("source 1")
+    assert capsys.readouterr().out == ""
 
 
 def test_the_bar_shows_count_and_title_and_is_silent_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:

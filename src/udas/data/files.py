@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -108,6 +109,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise DataError(f"{path}: no such file") from None
     except (*_UNREADABLE, Image.DecompressionBombError) as error:
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        reason = re.sub(r"^.*\.cpp:\d+, ", "", reason)  # torchvision begins with a place in its source
         raise DataError(f"{path}: cannot be read, perhaps truncated ({reason}); replace or remove it") from None
 
 

@@ -74,9 +74,10 @@ def _text(rows: Sequence[Row]) -> str:
     """Overall figures line by line, then the classes with a numbered column per result: fits a terminal."""
     classes = _classes(rows)
     cells = [(str(number), _cells(result, classes)) for number, (_, result) in enumerate(rows, 1)]
-    overall = _grid("", "", *_OVERALL, left=2)
+    shown = _known([cell for _, cell in cells])
+    overall = _grid("", "", *shown, left=2)
     for (number, cell), (title, _) in zip(cells, rows, strict=True):
-        overall.add_row(number, Text(title), *(cell[name] for name in _OVERALL))
+        overall.add_row(number, Text(title), *(cell[name] for name in shown))
     grids = [overall]
     for first in range(0, len(rows), _COLUMNS):
         block = cells[first : first + _COLUMNS]
@@ -84,6 +85,11 @@ def _text(rows: Sequence[Row]) -> str:
         for name in classes:
             grids[-1].add_row(Text(name), *(cell[name] for _, cell in block))
     return "\n".join([line for grid in grids for line in [*_drawn(grid), ""]] + _notes(rows)) + "\n"
+
+
+def _known(cells: Sequence[Mapping[str, str]]) -> list[str]:
+    """The overall columns in which there is something to read."""
+    return [name for name in _OVERALL if any(cell[name] != _ABSENT for cell in cells)]
 
 
 def _grid(*head: str, left: int) -> Table:

@@ -88,10 +88,19 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError) as error:
         raise WeightsError(f"{path}: not a readable safetensors file ({error})") from error
     if metadata.get("format") != FORMAT:
-        raise WeightsError(f"{path}: not a network saved by udas (encoder weights go into network.weights)")
+        raise WeightsError(f"{path}: not a segmentation network saved by udas; {_instead(metadata)}")
     if int(metadata["version"]) > VERSION:
         raise WeightsError(f"{path}: format {metadata['version']}, this udas reads up to {VERSION}; update udas")
     return tensors, metadata
+
+
+def _instead(metadata: Mapping[str, str]) -> str:
+    """What the file is, as far as it can be told, and what to do."""
+    if "udas" in metadata:
+        return "it is a checkpoint to resume from: take model.safetensors of a finished stage"
+    if metadata.get("format", "").startswith("udas-translator"):
+        return "it repaints pictures: name its stage in a translate stage"
+    return "weights of an encoder go into network.weights"
 
 
 def _taxonomy(raw: Mapping[str, Any]) -> Taxonomy:

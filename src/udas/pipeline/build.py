@@ -66,7 +66,7 @@ def rehearse(context: Context, names: Iterable[str]) -> None:
 
     Raises:
         ConfigError, WeightsError: as `build_method`; also for names of classes that the label space does not have, and
-            for fewer pictures per step than a method can work with.
+            for pictures per step that the processes cannot share, or that are fewer than a method can work with.
     """
     fitted = set()
     for name in names:
@@ -111,8 +111,15 @@ def _check_classes(context: Context, name: str, stage: AnyStage) -> None:
 
 
 def _check_batches(context: Context, name: str, stage: TrainStage, method: Method[Any]) -> None:
-    for stream, least in method.smallest_batch().items():
-        given = stage.training.batch_of(stream) // context.runtime.world
+    world, smallest = context.runtime.world, method.smallest_batch()
+    for stream in sorted(context.streams(name, stage)):
+        given, left = divmod(stage.training.batch_of(stream), world)
+        if left:
+            raise ConfigError(
+                f"stages.{name}.training.batch: {stage.training.batch_of(stream)} {stream} pictures cannot be shared "
+                f"by {world} processes; choose a multiple of {world}"
+            )
+        least = smallest.get(stream, 0)
         if given < least:
             raise ConfigError(
                 f"stages.{name}.training.batch: {stage.method.name} mixes {stream} pictures with each other and needs "

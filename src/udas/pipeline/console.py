@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from itertools import takewhile
 
 from rich.console import Console
 from rich.table import Table
@@ -23,15 +25,20 @@ def print_check(report: Report) -> None:
     table.add_row("with labels", *(str(split.labelled) for split in splits))
     table.add_row("sizes (height x width)", *(_sizes(split) for split in splits))
     table.add_section()
-    totals = [max(sum(split.histogram.values()), 1) for split in splits]
     for name in next(iter(splits)).histogram:
-        shares = [split.histogram[name] / total for split, total in zip(splits, totals, strict=True)]
-        table.add_row(name, *(f"{share:6.2%}  {'█' * round(20 * share)}" for share in shares))
+        table.add_row(name, *(_share(split, name) for split in splits))
     table.add_row("ignored pixels", *(str(split.ignored) for split in splits))
     console.print(table)
     for problem in report.problems:
         console.print(f"problem: {problem}", style="red", markup=False, highlight=False)
     console.print("no problems" if report.ok else f"{len(report.problems)} problems", style="bold")
+
+
+def _share(split: SplitReport, name: str) -> str:
+    """Of the labelled pixels; nothing where there are none."""
+    total = sum(split.histogram.values())
+    share = split.histogram[name] / max(total, 1)
+    return f"{share:6.2%}  {'█' * round(20 * share)}" if total else "-"
 
 
 def _sizes(split: SplitReport) -> str:
@@ -56,11 +63,11 @@ def _presets(folder: str) -> list[tuple[str, str]]:
 
 
 def _comment(folder: str, name: str) -> str:
-    """The comment at the head of a preset, without the command; of a run file, its first line."""
+    """The comment at the head of a preset, without commands; of a run file, its first sentence."""
     lines = find_yaml(name, folder).read_text(encoding="utf-8").splitlines()
-    head = [line.removeprefix("#").strip() for line in lines[:4] if line.startswith("#")]
-    told = [line for line in head if "udas run " not in line and not line.startswith("udas ")]
-    return " ".join(told[:1] if folder in ("runs", "bases") else told)
+    head = [line.removeprefix("#").strip() for line in takewhile(lambda line: line.startswith("#"), lines)]
+    told = " ".join(line for line in head if "udas run " not in line and not line.startswith("udas "))
+    return re.split(r"(?<=\.) ", told)[0] if folder in ("runs", "bases") else told
 
 
 def _methods() -> list[tuple[str, str]]:

@@ -85,7 +85,7 @@ def _decide(folder: Path, fingerprint: str) -> tuple[Action, str]:
     if manifest["fingerprint"] != fingerprint:
         return Action.RESTART, "configuration, data or an earlier stage changed; the old folder is moved aside"
     if manifest["state"] == "done":
-        return Action.REUSE, "finished with this configuration"
+        return Action.REUSE, "finished"
     return Action.RESUME, f"unfinished ({manifest['state']})"
 
 

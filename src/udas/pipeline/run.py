@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,9 @@ def _move_aside(folder: Path) -> None:
         return
     shelf = folder.parent / "old"
     shelf.mkdir(exist_ok=True)
-    number = sum(1 for _ in shelf.glob(f"{folder.name}.*"))
-    folder.rename(shelf / f"{folder.name}.{number}")
+    taken = {path.name for path in shelf.iterdir()}
+    free = next(name for number in count() if (name := f"{folder.name}.{number}") not in taken)
+    folder.rename(shelf / free)
 
 
 @contextmanager

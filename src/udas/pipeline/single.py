@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 from rich.console import Console
 
 from udas.config import DomainConfig
-from udas.data.dataset import Domain, domain_settings
+from udas.data.dataset import Domain, PictureSet, domain_settings
+from udas.data.streets import as_rendered, ensure
+from udas.errors import RunError
 from udas.evaluation.evaluate import evaluate
 from udas.evaluation.protocols import ProtocolConfig
 from udas.evaluation.table import table
@@ -16,6 +20,7 @@ from udas.networks.weights import load_segmenter
 from udas.pipeline.label import LabelConfig, label
 from udas.pipeline.models import placed
 from udas.predict import predict
+from udas.storage import write_atomically
 from udas.taxonomy import Taxonomy, load_taxonomy
 from udas.training.log import Bar
 from udas.training.runtime import Runtime, RuntimeConfig
@@ -23,11 +28,20 @@ from udas.validation import validate
 
 
 def open_domain(data: str, root: str | None, taxonomy: str | Taxonomy | None) -> Domain:
-    """A data set by preset or YAML file, in a label space; None is the one its `map` leads to."""
+    """A data set by preset or YAML file, in a label space; None is the one its `map` leads to.
+
+    Of the embedded streets, what a folder holds already is taken as it is: it may belong to a run.
+    """
     settings = domain_settings(data) | ({"root": root} if root else {})
     config = validate(DomainConfig, settings, data)
     taxonomy = config.taxonomy if taxonomy is None else taxonomy
-    return Domain(config, load_taxonomy(taxonomy) if isinstance(taxonomy, str) else taxonomy)
+    domain = Domain(config, load_taxonomy(taxonomy) if isinstance(taxonomy, str) else taxonomy)
+    if config.streets is None:
+        return domain
+    streets = as_rendered(config.streets, domain.root)
+    with Bar(f"render {config.name}", sum(streets.pictures.values()), unit="pictures") as bar:
+        ensure(streets, domain.root, bar)
+    return Domain(config.model_copy(update={"streets": streets}), domain.taxonomy)
 
 
 def evaluate_model(model: Path, data: str, root: str | None, split: str, protocol: str, out: Path) -> None:
@@ -39,19 +53,38 @@ def evaluate_model(model: Path, data: str, root: str | None, split: str, protoco
         result = evaluate(
             placed(segmenter, runtime), pictures, taxonomy, settings, runtime.device, out, split, progress=bar
         )
-    Console().print(table([(model.parent.name, result.summary())]), markup=False, highlight=False)
+    console = Console()
+    console.print(table([(model.parent.name, result.summary())]), markup=False, highlight=False)
+    console.print(f"confusion matrix and pictures: {out / 'evaluation.json'}", soft_wrap=True, highlight=False)
 
 
-def label_pictures(
-    model: Path, data: str, root: str | None, split: str, views: int, threshold: float, out: Path
-) -> None:
-    """Write pseudo-labels of a split to `out`."""
+def label_pictures(model: Path, data: str, root: str | None, split: str, rule: LabelConfig, out: Path) -> None:
+    """Write pseudo-labels of a split to `out`; what a stopped call left there is gone on with.
+
+    Raises:
+        RunError: `out` holds labels of another network, rule or set of pictures.
+    """
     segmenter, taxonomy, runtime = _load(model)
     pictures = open_domain(data, root, taxonomy).unlabelled(split)
-    rule = LabelConfig(views=views, threshold=threshold)
+    _claim(out, model, rule, pictures)
     with Bar("label", len(pictures), unit="pictures") as bar:
         statistics = label(placed(segmenter, runtime), pictures, taxonomy, rule, out, runtime.device, bar)
-    Console().print(f"{len(pictures)} pictures, {statistics['kept_total']:.0%} of pixels kept, in {out}")
+    kept = f"{len(pictures)} pictures, {statistics['kept_total']:.0%} of pixels kept, in {out}"
+    Console().print(f"{kept}; thresholds and shares per class: statistics.json", soft_wrap=True, highlight=False)
+
+
+def _claim(out: Path, model: Path, rule: LabelConfig, pictures: PictureSet) -> None:
+    """Note in `out` what is labelled there by what; refuse a folder where that is something else."""
+    note = out / "origin.json"
+    digest = hashlib.blake2b(model.read_bytes(), digest_size=12).hexdigest()
+    origin = {"model": digest, "rule": rule.model_dump(mode="json"), "pictures": pictures.fingerprint()}
+    try:
+        found = json.loads(note.read_text(encoding="utf-8")) if note.exists() else None
+    except json.JSONDecodeError:
+        found = None
+    if found != origin and out.exists() and any(out.iterdir()):
+        raise RunError(f"{out}: holds something else, such as labels of another network or rule; choose another --out")
+    write_atomically(note, json.dumps(origin, indent=1).encode())
 
 
 def predict_files(model: Path, inputs: list[str], out: Path, overlay: bool) -> None:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -29,20 +33,22 @@ class TrainingLog:
 
     def losses(self, step: int, seconds: float, losses: dict[str, float], lr: dict[str, float], rate: float) -> None:
         """One line of training losses, learning rates and speed (steps per second)."""
-        self._line({"step": step, "seconds": round(seconds, 2), "losses": losses, "lr": lr, "rate": round(rate, 4)})
-        for name, value in losses.items():
-            self.board.add_scalar(f"loss/{name}", value, step)
-        for name, value in lr.items():
-            self.board.add_scalar(f"learning rate/{name}", value, step)
-        self.board.add_scalar("steps per second", rate, step)
+        with self._writing():
+            self._line({"step": step, "seconds": round(seconds, 2), "losses": losses, "lr": lr, "rate": round(rate, 4)})
+            for name, value in losses.items():
+                self.board.add_scalar(f"loss/{name}", value, step)
+            for name, value in lr.items():
+                self.board.add_scalar(f"learning rate/{name}", value, step)
+            self.board.add_scalar("steps per second", rate, step)
 
     def validation(self, step: int, scores: dict[str, Any]) -> None:
         """One line of validation scores: {"miou", "pixel_accuracy", "iou": {class: value or null}}."""
-        self._line({"step": step, "val": scores})
-        self.board.add_scalar("validation/mIoU", scores["miou"], step)
-        for name, value in scores["iou"].items():
-            if value is not None:
-                self.board.add_scalar(f"validation IoU/{name}", value, step)
+        with self._writing():
+            self._line({"step": step, "val": scores})
+            self.board.add_scalar("validation/mIoU", scores["miou"], step)
+            for name, value in scores["iou"].items():
+                if value is not None:
+                    self.board.add_scalar(f"validation IoU/{name}", value, step)
 
     def pictures(self, step: int, pictures: dict[str, Tensor]) -> None:
         """Preview pictures: title -> [B, 3, H, W] in [0, 1], as files and in TensorBoard."""
@@ -52,18 +58,26 @@ class TrainingLog:
             write_picture(
                 self.folder / "previews" / f"{step:07d}" / f"{title}.jpg", Image.fromarray(sheet), "JPEG", quality=90
             )
-            self.board.add_image(f"preview/{title}", sheet, step, dataformats="HWC")
+            with self._writing():
+                self.board.add_image(f"preview/{title}", sheet, step, dataformats="HWC")
 
     def close(self) -> None:
         """Flush everything."""
-        self.board.close()
+        with self._writing():
+            self.board.close()
 
     def _line(self, content: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(content) + "\n")
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Turn a full disk into an error of the user's; TensorBoard tells of it with a delay."""
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(content) + "\n")
+            yield
         except OSError as error:
-            raise RunError(f"{self.path}: cannot be written ({error.strerror}); the last checkpoint is kept") from error
+            reason = error.strerror or error
+            raise RunError(f"{self.path}: cannot be written ({reason}); the last checkpoint is kept") from error
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
@@ -86,7 +100,13 @@ def _keep_until(path: Path, step: int) -> None:
 
 
 class Bar:
-    """A progress bar with count, rate and time left; silent in all but the main process. Use as a context manager."""
+    """A progress bar with count, rate and time left; silent in all but the main process. Use as a context manager.
+
+    What is said on the way stands above the bar. Where there is no terminal (a log file, a scheduler), there is no bar
+    either, and a line now and then tells the same.
+    """
+
+    PAUSE = 30.0  # seconds between two lines
 
     def __init__(self, title: str, total: int, done: int = 0, unit: str = "steps", visible: bool = True) -> None:
         columns = (
@@ -100,6 +120,7 @@ class Bar:
         )
         self.progress = Progress(*columns, disable=not visible, refresh_per_second=2)
         self.task = self.progress.add_task(title, total=total, completed=done, unit=unit, rate="", note="")
+        self.started, self.said = False, time.monotonic()
 
     def __enter__(self) -> Bar:
         return self
@@ -107,13 +128,29 @@ class Bar:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.progress.stop()
+        if self.started:
+            self.progress.stop()
 
     def __call__(self, done: int, total: int, note: str | None = None) -> None:
         """Show that `done` of `total` are finished."""
-        self.progress.start()  # only now: work that has nothing to do shows no bar
+        if not self.started:  # only now: work that has nothing to do shows no bar
+            self.progress.start()
+            self.started = True
         speed = self.progress.tasks[0].speed
         rate = f"{speed:.2f}" if speed else ""
         self.progress.update(self.task, completed=done, total=total, rate=rate)
         if note is not None:
             self.progress.update(self.task, note=note)
+        if not self.progress.console.is_terminal:
+            self.say("")
+
+    def say(self, text: str) -> None:
+        """Print a line with the state of the work and `text`, unless the last one was less than `PAUSE` seconds ago."""
+        now, task = time.monotonic(), self.progress.tasks[0]
+        if self.progress.disable or now - self.said < self.PAUSE:
+            return
+        self.said = now
+        left = "" if task.time_remaining is None else f"left {timedelta(seconds=round(task.time_remaining))}"
+        parts = (f"{task.completed:.0f}/{task.total:.0f}", f"{task.fields['rate']} {task.fields['unit']}/s", left, text)
+        line = "  ".join(part for part in (task.description, *parts, task.fields["note"]) if part)
+        self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)

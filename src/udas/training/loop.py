@@ -6,6 +6,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -112,13 +113,11 @@ class Training:
         )
         self.method.train()
         began, earlier = time.monotonic(), self.progress.seconds
-        with Bar(title, steps, start, visible=self.runtime.main) as bar:
+        with closing(log) if log else nullcontext(), Bar(title, steps, start, visible=self.runtime.main) as bar:
             for step, batch in enumerate(loader, start):
                 batch = self._step(step, batch)
                 self.progress = replace(self.progress, step=step + 1, seconds=earlier + time.monotonic() - began)
                 self._tell(log, bar, batch, (step + 1 - start) / (time.monotonic() - began))
-        if log:
-            log.close()
 
     def _step(self, step: int, batch: Batch) -> Batch:
         self.recent.append((step, batch.names()))
@@ -142,6 +141,7 @@ class Training:
             losses = self.engine.take_losses()
             if log:
                 log.losses(done, self.progress.seconds, losses, self.engine.learning_rates(), rate)
+            bar.say(", ".join(f"{name} {value:.3g}" for name, value in losses.items()))
         if log and self.logging.preview_every and self._due(self.logging.preview_every):
             log.pictures(done, self._preview(batch))
         if self.validate and self.logging.evaluate_every and self._due(self.logging.evaluate_every):

@@ -6,7 +6,7 @@ the measures of a street and a camera, `layout` furnishes it (`plots`, `building
 class, and `sensor` photographs the result. `looks` holds all that differs between the two domains.
 """
 
-from udas.data.streets.files import ensure
+from udas.data.streets.files import as_rendered, ensure
 from udas.data.streets.renderer import render
 
-__all__ = ["ensure", "render"]
+__all__ = ["as_rendered", "ensure", "render"]

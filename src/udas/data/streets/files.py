@@ -60,6 +60,15 @@ def ensure(config: StreetsConfig, root: Path, progress: Progress | None = None) 
             progress(done, len(missing))
 
 
+def as_rendered(config: StreetsConfig, root: Path) -> StreetsConfig:
+    """The world with as many pictures as `root` holds of it already, so that looking at it renders nothing.
+
+    Raises:
+        DataError: `root` holds pictures that are not rendered streets, or cannot be understood.
+    """
+    return config.model_copy(update={"pictures": _found(root).get("pictures", config.pictures)})
+
+
 def _found(root: Path) -> dict[str, Any]:
     """What `root` says it holds, {} for a new folder. Raises `DataError` when it holds something else."""
     description, taken = root / DESCRIPTION, (root / "images").exists()
