@@ -17,7 +17,7 @@ from udas.validation import validate
 
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "constant"}
 STILL = SGD | {"lr": 1e-9, "weight_decay": 0}
-CRITIC = SGD | {"lr": 0.5, "momentum": 0.5}
+CRITIC = SGD | {"lr": 0.1, "momentum": 0.5}
 SMALL = {"critic_width": 8, "dropout": 0, "optimiser": SGD, "critic_optimiser": CRITIC}
 UDA, ALL = (Stream.SOURCE, Stream.UNLABELLED), (Stream.SOURCE, Stream.UNLABELLED, Stream.LABELLED)
 
@@ -42,7 +42,8 @@ class Naive:
         layers = [m for m in copy.deepcopy(method.critic).modules() if isinstance(m, nn.Conv2d)]
         self.layers = nn.ModuleList(layers)
         self.sgd = torch.optim.SGD(self.net.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-        self.critic_sgd = torch.optim.SGD(self.layers.parameters(), 0.5, momentum=0.5, weight_decay=5e-4)
+        lr = self.config.critic_optimiser.lr
+        self.critic_sgd = torch.optim.SGD(self.layers.parameters(), lr, momentum=0.5, weight_decay=5e-4)
         self.accuracies, self.gates = [], []
 
     def step(self, batch, t):
@@ -101,7 +102,7 @@ CASES = {
     "scores": (UDA, {"gate": None}),
     "scores, real labels": (ALL, {"gate": None, "labelled": 0.4, "adversarial": 0.3}),
     "features": (UDA, {"gate": None, "evidence": "features"}),
-    "gate": (UDA, {"gate": 0.5, "window": 2, "adversarial": 1.0}),
+    "gate": (UDA, {"gate": 0.5, "window": 2, "adversarial": 1.0, "critic_optimiser": CRITIC | {"lr": 0.5}}),
 }
 
 

@@ -43,7 +43,7 @@ STAGES = {
     },
     "means": {"kind": "prototypes", "model": "warm", "minimum": 1, "sample": 5},
     "near": {"kind": "label", "model": "warm", "prototypes": "means", "rule": ALL},
-    "learner": {"method": {"name": "proda"}, "teacher": "warm", "prototypes": "means", **CROP},
+    "learner": {"method": {"name": "proda"}, "start": "warm", "teacher": "warm", "prototypes": "means", **CROP},
     "taught": {"method": {"name": "dldm"}, "teacher": ["warm", "other"], "evaluate": False, **CROP},
     "painted": {"kind": "translate", "fourier": {"beta": 0.1}},
     "both": {"kind": "evaluate", "model": ["warm", "other"], "average": "probabilities"},

@@ -299,6 +299,17 @@ def test_students_may_start_from_their_teacher_or_from_one_stage(world: Path) ->
     assert [first[name].start for name in ("student_1", "student_2")] == ["first", "first"]
 
 
+def test_rounds_may_label_easy_pictures_alone_and_by_prototypes(world: Path) -> None:
+    chain = {
+        "ranking": {"kind": "rank", "model": "first"},
+        "means": {"kind": "prototypes", "model": "first"},
+        "student": rounds(easy="ranking", prototypes="means", student=rounds()["student"] | {"start": "teacher"}),
+    }
+    stages: dict[str, Any] = build_run(raw_run(world, FIRST | chain), "file").stages
+    for name in ("student_label_1", "student_label_2"):
+        assert (stages[name].easy, stages[name].prototypes) == ("ranking", "means")
+
+
 def test_mistakes_in_rounds_are_named(world: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         build_run(raw_run(world, {"student": {"kind": "rounds", "rounds": 1, "modell": "first"}}), "file")

@@ -221,6 +221,27 @@ def test_references_of_every_kind_are_checked() -> None:
     ]
 
 
+def test_prototypes_are_features_of_the_network_they_are_used_with() -> None:
+    learner = {"method": {"name": "proda"}, "teacher": "teacher", "prototypes": "means"}
+    stages = {
+        "teacher": TEACHER,
+        "apart": TEACHER,
+        "later": TEACHER | {"start": "teacher"},
+        "means": {"kind": "prototypes", "model": "teacher"},
+        "near": {"kind": "label", "model": "later", "prototypes": "means"},
+        "far": {"kind": "label", "model": "apart", "prototypes": "means"},
+        "lost": learner,
+        "found": learner | {"start": "later"},
+        "rounds": ROUNDS | {"prototypes": "means"},
+    }
+    text = "prototypes: these are features of 'teacher': give `{}: teacher`, or a stage that starts from it"
+    assert mistakes(run(stages)) == [
+        f"stages.far.{text.format('model')}",
+        f"stages.lost.{text.format('start')}",
+        f"stages.rounds.{text.format('model')}",  # of round 2: its student does not start from the teacher
+    ]
+
+
 def test_a_stage_has_one_way_to_do_its_work() -> None:
     stages = {
         "teacher": TEACHER,

@@ -218,9 +218,32 @@ def reference_problems(stages: Mapping[str, Any]) -> dict[Place, str]:
             wrong = [other for other in several(others) if earlier.get(other) not in (kind, UNKNOWN)]
             for other in wrong[:1]:
                 found["stages", name, role] = f"{other!r} is not an earlier {kind} stage{nearest(other, choices)}"
+        if text := _foreign_prototypes(stages, stage):
+            found.setdefault(("stages", name, "prototypes"), text)
         kind = _value(stage, "kind")
         earlier[name] = kind if kind in KINDS else UNKNOWN
     return found
+
+
+def _foreign_prototypes(stages: Mapping[str, Any], stage: Any) -> str | None:
+    """What is wrong with a stage whose network does not have the features that its prototypes were collected from."""
+    role = {"label": "model", "train": "start"}.get(_value(stage, "kind"))
+    collected = _value(stages.get(_value(stage, "prototypes") or ""), "model")
+    if role is None or not isinstance(collected, str):
+        return None
+    network = _value(stage, role)
+    if isinstance(network, list) or collected in _ancestors(stages, network):
+        return None
+    return f"these are features of {collected!r}: give `{role}: {collected}`, or a stage that starts from it"
+
+
+def _ancestors(stages: Mapping[str, Any], name: Any) -> list[str]:
+    """A train stage, the one whose network it started from, and so on."""
+    line: list[str] = []
+    while isinstance(name, str) and name not in line:
+        line.append(name)
+        name = _value(stages.get(name), "start")
+    return line
 
 
 def _value(stage: Any, key: str) -> Any:

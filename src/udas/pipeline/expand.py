@@ -25,6 +25,8 @@ class RoundsStage(Config):
     rounds: Annotated[int, Field(gt=0)] = Field(description="how often labels are made and a student is trained")
     model: str = Field(description="train stage of the first network that labels")
     label: dict[str, Any] = Field(default_factory=dict, description="rule of every label stage")
+    easy: str | None = Field(None, description="rank stage whose easy pictures alone are labelled, in every round")
+    prototypes: str | None = Field(None, description="prototypes stage that re-weights what is labelled")
     student: dict[str, Any] = Field(description="train stage; `start: teacher` begins with the network that labelled")
     title: str | None = Field(None, description="row name in tables; the stage's name if not given")
 
@@ -129,7 +131,13 @@ class Expansion:
         for number in range(1, entry.rounds + 1):
             label, student = f"{name}_label_{number}", f"{name}_{number}"
             title = f"{entry.title or name}, round {number}"
-            stages[label] = {"kind": "label", "model": teacher, "rule": entry.label, "title": f"{title}: labels"}
+            given = entry.model_dump(include={"easy", "prototypes"}, exclude_none=True)
+            stages[label] = {
+                "kind": "label",
+                "model": teacher,
+                "rule": entry.label,
+                "title": f"{title}: labels",
+            } | given
             stages[student] = entry.student | {"kind": "train", "pseudo": label, "title": title}
             if entry.student.get("start") == "teacher":
                 stages[student]["start"] = teacher
