@@ -69,7 +69,7 @@ NETWORKS: dict[str, dict[str, Any]] = {"mrnet": TWO_OUTPUTS, "rectified": TWO_OU
 
 LINKS: dict[str, dict[str, str]] = {
     "cyclegan": {"teacher": "teacher"},
-    "proda": {"teacher": "teacher", "prototypes": "prototypes"},
+    "proda": {"start": "teacher", "teacher": "teacher", "prototypes": "prototypes"},
     "distil": {"teacher": "teacher"},
     "dldm": {"teacher": "teacher"},
 }

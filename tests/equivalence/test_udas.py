@@ -19,7 +19,7 @@ from udas.validation import validate
 
 STEPS = 5
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "constant"}
-CRITIC = {"name": "sgd", "lr": 0.1, "momentum": 0.5, "weight_decay": 0}
+CRITIC = {"name": "sgd", "lr": 0.02, "momentum": 0.5, "weight_decay": 0}
 UDA, ALL = (Stream.SOURCE, Stream.UNLABELLED), tuple(s for s in Stream if s != Stream.PSEUDO)
 
 
@@ -44,7 +44,7 @@ class Naive:
         c = self.config = method.config
         self.net, self.critics = copy.deepcopy(method.segmenter), copy.deepcopy(method.critics)
         self.sgd = torch.optim.SGD(self.net.parameters(), 0.05, momentum=0.9, weight_decay=5e-4)
-        self.slow_sgd = torch.optim.SGD(self.critics.parameters(), 0.1, momentum=0.5)
+        self.slow_sgd = torch.optim.SGD(self.critics.parameters(), 0.02, momentum=0.5)
         self.shares = [1.0, c.auxiliary]
 
     def step(self, batch, t):
@@ -69,7 +69,7 @@ class Naive:
         terms["critic on target"] = self.judge([p.detach() for p in target], 0.0) / 2
         self.slow_sgd.zero_grad()
         (terms["critic on labelled"] + terms["critic on target"]).backward()
-        self.slow_sgd.param_groups[0]["lr"] = 0.1 * (1 - t / STEPS) ** 0.9
+        self.slow_sgd.param_groups[0]["lr"] = 0.02 * (1 - t / STEPS) ** 0.9
         self.slow_sgd.step()
         return {name: term.item() for name, term in terms.items()}
 

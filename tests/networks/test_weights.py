@@ -306,7 +306,7 @@ def test_another_normalisation_is_refused(saved):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "someone.else"}, "not a network saved by udas"),
+        ({"format": "someone.else"}, "not a segmentation network saved by udas"),
         ({"version": "99"}, "format 99, this udas reads up to 1; update udas"),
         ({"network": '{"name": "segnett"}'}, "cannot be understood: .*did you mean 'segnet'"),
     ],
