@@ -119,6 +119,18 @@ def test_without_a_terminal_lines_tell_of_losses_and_time_left(
     assert capsys.readouterr().out == ""
 
 
+def test_losses_are_told_however_many_steps_come_between(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Bar, "PAUSE", -1.0)
+    with Bar("teacher", 100) as bar:
+        bar.say("source 0.25")
+        capsys.readouterr()
+        bar(2, 100)  # the next line is due at a step that has no losses of its own
+        assert "2/100" in (line := capsys.readouterr().out)
+        assert "source 0.25" in line
+
+
 def test_the_bar_shows_count_and_title_and_is_silent_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     for visible in (True, False):
         with Bar("train", 10, 4, visible=visible) as bar:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-from udas.config import DomainConfig, Labelled
+from udas.config import DomainConfig, Labelled, StreetsConfig
 from udas.data.batch import Stream
 from udas.data.cache import build_cache
 from udas.data.dataset import Domain, PictureSet
@@ -114,8 +114,7 @@ class Context:
         """Open a domain; the main process renders the embedded world, so that the others find it complete."""
         domain = Domain(config, self.taxonomy)
         if config.streets is not None and self.runtime.main:
-            with Bar(f"render {config.name}", sum(config.streets.pictures.values()), unit="pictures") as bar:
-                ensure(config.streets, domain.root, bar)
+            render_streets(config.name, config.streets, domain.root)
         self.runtime.barrier()
         return domain
 
@@ -129,6 +128,12 @@ class Context:
             cached = build_cache(pictures, self.folder / "cache", bar)
         self.runtime.barrier()
         return cached
+
+
+def render_streets(name: str, streets: StreetsConfig, root: Path) -> None:
+    """Render what is missing of the embedded world `name` into `root`, with a progress bar."""
+    with Bar(f"render {name}", sum(streets.pictures.values()), unit="pictures") as bar:
+        ensure(streets, root, bar)
 
 
 ADVICE = {

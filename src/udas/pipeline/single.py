@@ -10,13 +10,14 @@ from rich.console import Console
 
 from udas.config import DomainConfig
 from udas.data.dataset import Domain, PictureSet, domain_settings
-from udas.data.streets import as_rendered, ensure
+from udas.data.streets import as_rendered
 from udas.errors import RunError
 from udas.evaluation.evaluate import evaluate
 from udas.evaluation.protocols import ProtocolConfig
 from udas.evaluation.table import table
 from udas.networks.segmenters import Segmenter
 from udas.networks.weights import load_segmenter
+from udas.pipeline.context import render_streets
 from udas.pipeline.label import LabelConfig, label
 from udas.pipeline.models import placed
 from udas.predict import predict
@@ -39,8 +40,7 @@ def open_domain(data: str, root: str | None, taxonomy: str | Taxonomy | None) ->
     if config.streets is None:
         return domain
     streets = as_rendered(config.streets, domain.root)
-    with Bar(f"render {config.name}", sum(streets.pictures.values()), unit="pictures") as bar:
-        ensure(streets, domain.root, bar)
+    render_streets(config.name, streets, domain.root)
     return Domain(config.model_copy(update={"streets": streets}), domain.taxonomy)
 
 

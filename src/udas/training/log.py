@@ -102,8 +102,8 @@ def _keep_until(path: Path, step: int) -> None:
 class Bar:
     """A progress bar with count, rate and time left; silent in all but the main process. Use as a context manager.
 
-    What is said on the way stands above the bar. Where there is no terminal (a log file, a scheduler), there is no bar
-    either, and a line now and then tells the same.
+    What is said on the way stands above the bar. Where there is no terminal (a log file, a scheduler), a line now and
+    then tells the same, and the bar shows at the end alone.
     """
 
     PAUSE = 30.0  # seconds between two lines
@@ -120,7 +120,7 @@ class Bar:
         )
         self.progress = Progress(*columns, disable=not visible, refresh_per_second=2)
         self.task = self.progress.add_task(title, total=total, completed=done, unit=unit, rate="", note="")
-        self.started, self.said = False, time.monotonic()
+        self.started, self.said, self.text = False, time.monotonic(), ""
 
     def __enter__(self) -> Bar:
         return self
@@ -142,15 +142,20 @@ class Bar:
         if note is not None:
             self.progress.update(self.task, note=note)
         if not self.progress.console.is_terminal:
-            self.say("")
+            self._tell()
 
     def say(self, text: str) -> None:
-        """Print a line with the state of the work and `text`, unless the last one was less than `PAUSE` seconds ago."""
+        """Have `text` in the next line about the state of the work; `PAUSE` seconds at least are between two lines."""
+        self.text = text
+        self._tell()
+
+    def _tell(self) -> None:
         now, task = time.monotonic(), self.progress.tasks[0]
         if self.progress.disable or now - self.said < self.PAUSE:
             return
         self.said = now
         left = "" if task.time_remaining is None else f"left {timedelta(seconds=round(task.time_remaining))}"
-        parts = (f"{task.completed:.0f}/{task.total:.0f}", f"{task.fields['rate']} {task.fields['unit']}/s", left, text)
-        line = "  ".join(part for part in (task.description, *parts, task.fields["note"]) if part)
+        count, rate = f"{task.completed:.0f}/{task.total:.0f}", f"{task.fields['rate']} {task.fields['unit']}/s"
+        parts = (task.description, count, rate, left, self.text, task.fields["note"])
+        line = "  ".join(part for part in parts if part)
         self.progress.console.print(line, markup=False, highlight=False, soft_wrap=True)
