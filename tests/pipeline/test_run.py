@@ -27,7 +27,7 @@ from udas.errors import ConfigError, DataError, RunError
 from udas.pipeline import run as pipeline
 from udas.pipeline.config import RunConfig, build_run, load_run
 from udas.pipeline.context import Context
-from udas.pipeline.plan import plan, settings
+from udas.pipeline.plan import _data, plan, settings
 from udas.pipeline.run import run, show_plan
 from udas.pipeline.stages import train_streams
 
@@ -261,6 +261,15 @@ def test_a_student_that_sees_real_labels_has_them_among_the_pseudo_labels(
         made = torch.from_numpy(np.array(Image.open(finished / "labels/labels" / f"{picture.name}.png")))
         assert torch.equal(pseudo.label(index), truth.label(index) if real else made)
         assert not torch.equal(truth.label(index), made)
+
+
+def test_real_labels_among_pseudo_labels_are_part_of_the_fingerprint(world: Path, finished: Path) -> None:
+    prints = []
+    for streams in (["pseudo"], ["pseudo", "labelled"]):
+        student = {"student": {"method": {"name": "supervised"}, "streams": streams, "pseudo": "labels"}}
+        context = Context(build_run(raw_run(world, FIRST | SECOND | student), "file"), finished, CPU)
+        prints.append(_data(context, "student", context.config.stages["student"])[Stream.PSEUDO])
+    assert prints[0] != prints[1]
 
 
 # ----------------------------------------------------------------------------------------------------------- rounds
