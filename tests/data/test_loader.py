@@ -230,7 +230,7 @@ def test_pictures_of_several_sizes_need_a_crop(tmp_path, workers):
 
 
 def test_batch_sizes_are_checked_at_once(streams):
-    with pytest.raises(ConfigError, match=r"batch\.source: 4 pictures cannot be shared by 3 processes"):
+    with pytest.raises(ConfigError, match=r"batch: 4 source pictures cannot be shared by 3 processes"):
         make_loader(streams, BATCH, AUGMENT, 0, 0, 1, world=3)
     with pytest.raises(DataError, match="the source stream has no pictures"):
         make_loader({SOURCE: replace(streams[SOURCE], pictures=())}, {SOURCE: 1}, AUGMENT, 0, 0, 1)

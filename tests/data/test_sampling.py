@@ -106,7 +106,7 @@ def test_seed_of_separates_neighbours():
 @pytest.mark.parametrize(
     ("sizes", "batch", "world", "error", "message"),
     [
-        ({SOURCE: 5}, {SOURCE: 3}, 2, ConfigError, r"batch\.source: 3 pictures cannot be shared by 2 .* multiple of 2"),
+        ({SOURCE: 5}, {SOURCE: 3}, 2, ConfigError, r"batch: 3 source pictures cannot be shared by 2 .* multiple of 2"),
         ({SOURCE: 5}, {SOURCE: 0}, 1, ConfigError, r"batch\.source: must be at least 1 \(got 0\)"),
         ({SOURCE: 5, LABELLED: 1}, {SOURCE: 2}, 1, ConfigError, r"streams given \(source, labelled\); found source"),
         ({SOURCE: 5}, {SOURCE: 2, UNLABELLED: 2}, 1, ConfigError, r"found source, unlabelled"),

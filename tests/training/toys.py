@@ -8,6 +8,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from udas.config import AugmentConfig, MethodConfig, OptimiserConfig
@@ -62,7 +63,7 @@ class Toy(Method[ToyConfig]):
         return self.painter
 
     def save_model(self, path: Path) -> None:
-        torch.save(self.painter.state_dict(), path)
+        save_file({name: tensor.contiguous() for name, tensor in self.painter.state_dict().items()}, path)
 
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         assert batch.unlabelled is not None

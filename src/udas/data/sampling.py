@@ -34,6 +34,19 @@ def uniform_rows(seeds: Sequence[int], purpose: str, count: int, device: torch.d
     return draws.to(device or torch.device("cpu"), non_blocking=True)
 
 
+def share_of(stream: Stream, batch: int, world: int, key: str = "batch") -> int:
+    """Pictures of a stream's batch for each of `world` processes.
+
+    Raises:
+        ConfigError: when they cannot be shared; begins with `key`, the setting to change.
+    """
+    share, left = divmod(batch, world)
+    if left:
+        text = f"{key}: {batch} {stream} pictures cannot be shared by {world} processes"
+        raise ConfigError(f"{text}; choose a multiple of {world}")
+    return share
+
+
 class StreamSampler(Sampler[list[Key]]):
     """Per step, the keys of this rank's share of every stream's batch.
 
@@ -82,7 +95,7 @@ class StreamSampler(Sampler[list[Key]]):
             yield [key for stream in self.sizes for key in self._share(stream, step)]
 
     def _share(self, stream: Stream, step: int) -> Iterator[Key]:
-        local = self.batch[stream] // self.world
+        local = share_of(stream, self.batch[stream], self.world)
         first = step * self.batch[stream] + self.rank * local
         for draw in range(first, first + local):
             epoch, place = divmod(draw, self.sizes[stream])
@@ -107,6 +120,4 @@ def _check(sizes: Mapping[Stream, int], batch: Mapping[Stream, int], world: int)
             raise DataError(f"the {stream} stream has no pictures")
         if batch[stream] < 1:
             raise ConfigError(f"batch.{stream}: must be at least 1 (got {batch[stream]})")
-        if batch[stream] % world:
-            text = f"batch.{stream}: {batch[stream]} pictures cannot be shared by {world} processes"
-            raise ConfigError(f"{text}; choose a multiple of {world}")
+        share_of(stream, batch[stream], world)

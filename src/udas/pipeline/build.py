@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from udas.config import NetworkConfig
-from udas.data.sampling import seed_of
+from udas.data.sampling import seed_of, share_of
 from udas.errors import ConfigError, WeightsError
 from udas.methods.base import Method, Task
 from udas.names import load_method
@@ -111,19 +111,14 @@ def _check_classes(context: Context, name: str, stage: AnyStage) -> None:
 
 
 def _check_batches(context: Context, name: str, stage: TrainStage, method: Method[Any]) -> None:
-    world, smallest = context.runtime.world, method.smallest_batch()
+    key, smallest = f"stages.{name}.training.batch", method.smallest_batch()
     for stream in sorted(context.streams(name, stage)):
-        given, left = divmod(stage.training.batch_of(stream), world)
-        if left:
-            raise ConfigError(
-                f"stages.{name}.training.batch: {stage.training.batch_of(stream)} {stream} pictures cannot be shared "
-                f"by {world} processes; choose a multiple of {world}"
-            )
+        given = share_of(stream, stage.training.batch_of(stream), context.runtime.world, key)
         least = smallest.get(stream, 0)
         if given < least:
             raise ConfigError(
-                f"stages.{name}.training.batch: {stage.method.name} mixes {stream} pictures with each other and needs "
-                f"{least} per process and step, not {given}"
+                f"{key}: {stage.method.name} mixes {stream} pictures with each other and needs {least} per process "
+                f"and step, not {given}"
             )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -42,9 +43,9 @@ def _training(context: Context, name: str, stage: TrainStage) -> tuple[float, fl
             method.step(batch)
         engine.take_losses()  # waits for the device
     seconds = (time.perf_counter() - began) / TIMED * stage.training.steps
-    states, _ = engine.state()
-    size = sum(_bytes(t) for t in method.state_dict().values()) + sum(_bytes(t) for t in states.values())
-    return seconds, 2.0 * size
+    optimisers, _ = engine.state()
+    checkpoint = _bytes(method.state_dict()) + _bytes(optimisers)
+    return seconds, checkpoint + 2.0 * _bytes(method.model().state_dict())  # the last network and the best one
 
 
 def _size(pictures: PictureSet) -> Size:
@@ -52,8 +53,8 @@ def _size(pictures: PictureSet) -> Size:
     return pictures.size or image_size(pictures.pictures[0].image)
 
 
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def _random_batch(context: Context, name: str, stage: TrainStage) -> Batch:

@@ -147,7 +147,7 @@ class Training:
         if self.validate and self.logging.evaluate_every and self._due(self.logging.evaluate_every):
             self._validate(log, bar)
         if self._due(self.logging.checkpoint_every):
-            self._save(LAST)
+            self._save()
         bar(done, self.config.steps)
 
     def _due(self, every: int) -> bool:
@@ -163,7 +163,8 @@ class Training:
         bar(self.progress.step, self.config.steps, f"mIoU {scores['miou']:.3f}")
         if scores["miou"] > self.progress.best_miou:
             self.progress = replace(self.progress, best_miou=scores["miou"])
-            self._save(BEST)
+            if self.runtime.main:
+                self.method.save_model(self.folder / BEST)
 
     def _preview(self, batch: Batch) -> dict[str, torch.Tensor]:
         self.method.eval()
@@ -172,9 +173,9 @@ class Training:
         self.method.train()
         return pictures
 
-    def _save(self, name: str) -> None:
+    def _save(self) -> None:
         if self.runtime.main:
-            save_checkpoint(self.folder / name, self.method, self.engine, self.progress)
+            save_checkpoint(self.folder / LAST, self.method, self.engine, self.progress)
         self.runtime.barrier()
 
     def _stop_if_not_finite(self) -> None:
