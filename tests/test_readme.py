@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -9,10 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 import yaml
+from PIL import Image
 from typer.main import get_command
+from typer.testing import CliRunner
 
 from udas.cli import app
 from udas.config import DomainConfig, find_yaml, override, preset_names
@@ -106,6 +110,56 @@ def test_the_readmes_files_make_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_runs_of_published_results_load(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     assert load_run(str(path.relative_to(ROOT))).stages
+
+
+SMALL = [
+    "training={steps: 1, batch: 2, augment: {crop: [32, 64]}}",
+    "stages.style.training.batch=1",
+    "stages.style.method.generator={width: 4, blocks: 1}",
+    "stages.style.method.critic_width=4",
+    "data.source.size=[32, 64]",
+    "data.source.streets={look: game, pictures: {train: 2, val: 1}}",
+    "data.target.size=[32, 64]",
+    "runtime.workers=0",
+]
+"""What makes the README's run one of seconds."""
+
+
+def make_road(folder: Path) -> None:
+    """Pictures and masks below `folder`, as the README's road.yaml describes them."""
+    random = np.random.default_rng(0)
+    for split, count in {"train": 4, "val": 2}.items():
+        for number in range(count):
+            image, mask = (folder / f"{kind}/{split}/town" for kind in ("images", "masks"))
+            image.mkdir(parents=True, exist_ok=True)
+            mask.mkdir(parents=True, exist_ok=True)
+            pixels = random.integers(0, 256, (32, 64, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(image / f"{split}_{number}.jpg")
+            values = random.choice(np.array([0, 1, 3, 6, 7, 10, 13], np.uint8), (32, 64))
+            Image.fromarray(values).save(mask / f"{split}_{number}_mask.png")
+    (folder / "splits").mkdir()
+    (folder / "splits/labelled_100.txt").write_text("images/train/town/train_0\nimages/train/town/train_2\n")
+
+
+def test_the_readmes_own_data_is_carried_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command of the section, in its order, on data in the layout that the section describes."""
+    monkeypatch.chdir(tmp_path)
+    make_road(tmp_path / "road")
+    for name, content in files(ROOT / "README.md").items():
+        Path(name).write_text(content.replace("/data/road", str(tmp_path / "road")), encoding="utf-8")
+    shutil.copy(find_yaml("streets_game", "data"), "game.yaml")
+    shutil.copytree("road/images/val", "pictures")
+    told = [
+        command for command in commands(ROOT / "README.md") if {"road.yaml", "my_run.yaml", "pictures/"} & {*command}
+    ]
+    assert [command[0] for command in told] == ["check", "run", "run", "predict", "run"]
+    for command in told[:-1]:  # the last one is of several processes
+        done = CliRunner().invoke(app, command + (SMALL if command[0] == "run" else []))
+        assert done.exit_code == 0, f"{command}: {done.output}"
+    scored = json.loads(Path("runs/my_run/results.json").read_text(encoding="utf-8"))
+    assert [row["title"] for row in scored] == ["teacher", "student, round 1", "student, round 2"]
+    assert Path("runs/my_run/report.html").is_file()
+    assert len(list(Path("predictions").rglob("val_*.png"))) >= 2
 
 
 def test_documented_files_are_without_mistakes() -> None:
