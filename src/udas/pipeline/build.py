@@ -13,7 +13,7 @@ from udas.data.sampling import seed_of, share_of
 from udas.errors import ConfigError, WeightsError
 from udas.methods.base import Method, Task
 from udas.names import load_method
-from udas.networks.ensemble import Ensemble, as_one
+from udas.networks.ensemble import Averaged, Ensemble, as_one
 from udas.networks.segmenters import Segmenter, build_segmenter
 from udas.networks.weights import load_segmenter
 from udas.pipeline.config import AnyStage, TrainStage, several
@@ -53,10 +53,15 @@ def sketch_method(context: Context, name: str, stage: TrainStage) -> Method[Any]
         lambda: _random(context, stage.network),
         context.streams(name, stage),
         stage.training.steps,
-        None if teacher is None else lambda: _random_teacher(context, teacher),
+        None if teacher is None else lambda: sketch_model(context, teacher, "probabilities"),
         None if prototypes is None else _random_prototypes(context, prototypes),
     )
     return _build(context, name, stage, task)
+
+
+def sketch_model(context: Context, names: str | list[str], average: Averaged) -> Segmenter | Ensemble:
+    """The segmenter of a stage, or of several as one, as `load_averaged` gives it, but with random weights."""
+    return as_one([_random(context, _network_of(context, name)) for name in several(names)], average)
 
 
 def rehearse(context: Context, names: Iterable[str]) -> None:
@@ -138,10 +143,6 @@ def _segmenter(context: Context, stage: TrainStage) -> Segmenter:
 
 def _random(context: Context, network: NetworkConfig) -> Segmenter:
     return build_segmenter(network, len(context.taxonomy.classes), pretrained=False)
-
-
-def _random_teacher(context: Context, names: str | list[str]) -> Segmenter | Ensemble:
-    return as_one([_random(context, _network_of(context, name)) for name in several(names)], "probabilities")
 
 
 def _network_of(context: Context, name: str) -> NetworkConfig:

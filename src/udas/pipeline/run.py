@@ -115,10 +115,10 @@ def show_plan(config: RunConfig, folder: Path, runtime: Runtime, console: Consol
     total_time, total_disk = 0.0, 0.0
     for item in plan(context):
         seconds, size = (0.0, 0.0) if item.action == Action.REUSE else estimate(context, item.name, item.stage)
-        total_time, total_disk = total_time + (seconds or 0), total_disk + size
+        total_time, total_disk = total_time + seconds, total_disk + size
         table.add_row(item.name, item.action, item.why, _duration(seconds), _size(size))
     table.add_section()
-    table.add_row("all", "", "times are of training, timed now", _duration(total_time), _size(total_disk))
+    table.add_row("all", "", "times: networks alone, timed now", _duration(total_time), _size(total_disk))
     console.print(table)
     free = shutil.disk_usage(_existing(folder)).free
     if free < total_disk:
@@ -129,9 +129,7 @@ def _existing(folder: Path) -> Path:
     return next(path for path in [folder.absolute(), *folder.absolute().parents] if path.exists())
 
 
-def _duration(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
+def _duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.1f} min"
 
 
