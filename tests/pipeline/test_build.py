@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,42 @@ def test_batches_that_the_processes_cannot_share_are_found_before_the_first_stag
     with pytest.raises(ConfigError, match=text):
         rehearse(context({"it": stage}, replace(CPU, world=4)), ["it"])
     rehearse(context({"it": stage}, replace(CPU, world=2)), ["it"])
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "crop", "text"),
+    [
+        (
+            "region_mix",
+            [32, 64],
+            None,
+            "of one size (labelled 64 x 64, source 32 x 64): set",
+        ),
+        (
+            "dacs",
+            [32, 64],
+            None,
+            "of one size (source 32 x 64, unlabelled 64 x 64): set",
+        ),
+        ("udas", [32, 64], None, "of one size (labelled 64 x 64, source 32 x 64): set"),
+        ("gct", [64, 64], [64, 56], "with sides of at least 60, but the labelled ones are 64 x 56"),
+    ],
+)
+def test_sizes_that_a_method_cannot_work_with_are_found_before_the_first_stage(
+    context: Callable[..., Context], name: str, source: list[int], crop: list[int] | None, text: str
+) -> None:
+    def rehearsed(size: list[int], crop: list[int] | None) -> None:
+        run = context({"it": {"method": {"name": name}, "training": {"augment": {"crop": crop}}}})
+        data = run.config.data
+        assert data.source is not None
+        domain = data.source.model_copy(update={"size": tuple(size)})
+        config = run.config.model_copy(update={"data": data.model_copy(update={"source": domain})})
+        rehearse(replace(run, config=config), ["it"])
+
+    with pytest.raises(ConfigError, match=re.escape(f"stages.it: {name} needs pictures {text}")):
+        rehearsed(source, crop)
+    rehearsed([64, 64], None)
+    rehearsed([32, 64], [60, 60])
 
 
 def test_every_network_is_compiled_whatever_its_method_asks_it_for(

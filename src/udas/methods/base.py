@@ -134,6 +134,14 @@ class Method(nn.Module, ABC, Generic[C]):
         """
         return {}
 
+    def same_size(self) -> frozenset[Stream]:
+        """Streams whose pictures are mixed with each other, or pass as one batch, and so need one size."""
+        return frozenset()
+
+    def smallest_picture(self) -> int:
+        """Pixels that either side of a picture needs at least."""
+        return 1
+
     def preview(self, batch: Batch) -> dict[str, Tensor]:
         """Pictures worth looking at while training: title -> [B, 3, H, W] in [0, 1]."""
         return {}

@@ -61,6 +61,10 @@ class DACS(SegmentationMethod[DACSConfig]):
         """What `keep` says; the published scores are the student's."""
         return self.teacher.module if self.config.keep == "teacher" else self.segmenter
 
+    def same_size(self) -> frozenset[Stream]:
+        """Classes of synthetic pictures are pasted on unlabelled ones."""
+        return frozenset({Stream.SOURCE, Stream.UNLABELLED})
+
     def step(self, batch: Batch) -> None:
         """Train the student on source and on mixed pictures; then the teacher follows."""
         source, labelled, target = batch.source, batch.labelled, batch.unlabelled

@@ -72,6 +72,10 @@ class FixMatch(SegmentationMethod[FixMatchConfig]):
         """Two unlabelled pictures for a box of another one."""
         return {Stream.UNLABELLED: 2} if self.config.cutmix else {}
 
+    def same_size(self) -> frozenset[Stream]:
+        """Labelled and unlabelled pictures pass together."""
+        return frozenset({Stream.LABELLED, Stream.UNLABELLED})
+
     def step(self, batch: Batch) -> None:
         """Learn labels, and pseudo-labels on strong views."""
         labelled, target, c = batch.labelled, batch.unlabelled, self.config

@@ -87,6 +87,14 @@ class GCT(SegmentationMethod[GCTConfig]):
             "detector": Optimised.module(self.detector, self.config.detector_optimiser),
         }
 
+    def same_size(self) -> frozenset[Stream]:
+        """Labelled and unlabelled pictures pass together."""
+        return frozenset({Stream.LABELLED, Stream.UNLABELLED})
+
+    def smallest_picture(self) -> int:
+        """What gives the flaw detector one score."""
+        return self.detector.smallest
+
     def step(self, batch: Batch) -> None:
         """Train both networks against the present flaw detector, then the flaw detector on what they said."""
         source, labelled, unlabelled = batch.source, batch.labelled, batch.unlabelled

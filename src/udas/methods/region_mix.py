@@ -39,6 +39,10 @@ class RegionMix(SegmentationMethod[RegionMixConfig]):
     needs = frozenset({Stream.SOURCE, Stream.LABELLED})
     optional = frozenset({Stream.PSEUDO})
 
+    def same_size(self) -> frozenset[Stream]:
+        """Boxes of synthetic pictures are pasted on real ones."""
+        return self.needs | self.optional
+
     def step(self, batch: Batch) -> None:
         """Minimise the cross-entropy on real pictures that hold a box of a synthetic one."""
         source, labelled, pseudo, c = batch.source, batch.labelled, batch.pseudo, self.config

@@ -69,6 +69,10 @@ class UDAS(SegmentationMethod[UDASConfig]):
         """One optimiser for the segmenter, one for the critics of its outputs."""
         return super().optimised() | {"critic": Optimised.module(self.critics, self.config.critic_optimiser)}
 
+    def same_size(self) -> frozenset[Stream]:
+        """Boxes of real pictures are pasted on synthetic ones."""
+        return frozenset({Stream.SOURCE, Stream.LABELLED}) if self.config.cutmix else frozenset()
+
     def step(self, batch: Batch) -> None:
         """Train the segmenter against the present critics, then the critics on its detached predictions."""
         source, labelled, target = batch.source, batch.labelled, batch.unlabelled

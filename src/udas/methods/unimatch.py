@@ -55,6 +55,10 @@ class UniMatch(SegmentationMethod[UniMatchConfig]):
         """Two unlabelled pictures for a box of another one."""
         return {Stream.UNLABELLED: 2} if self.config.cutmix else {}
 
+    def same_size(self) -> frozenset[Stream]:
+        """Labelled and unlabelled pictures pass together."""
+        return frozenset({Stream.LABELLED, Stream.UNLABELLED})
+
     def step(self, batch: Batch) -> None:
         """Learn labels, and pseudo-labels from dropped features and two strong views."""
         labelled, target = batch.labelled, batch.unlabelled

@@ -61,7 +61,7 @@ class FlawDetector(nn.Module):
             before = after
         self.layers = nn.Sequential(*layers)
         self.classifier = nn.Conv2d(before, 1, 4, stride=2, padding=1)
-        self.smallest = 2 ** (stages + 2) - 4
+        self.smallest: int = 2 ** (stages + 2) - 4
 
     def forward(self, image: Tensor, probabilities: Tensor) -> Tensor:
         """How wrong a prediction is, 0 = not at all; it is trained towards [0, 1] but not bound to it.

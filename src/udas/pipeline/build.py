@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from udas.config import NetworkConfig
+from udas.config import NetworkConfig, Size
+from udas.data.batch import Stream
 from udas.data.sampling import seed_of, share_of
 from udas.errors import ConfigError, WeightsError
 from udas.methods.base import Method, Task
@@ -71,7 +72,8 @@ def rehearse(context: Context, names: Iterable[str]) -> None:
 
     Raises:
         ConfigError, WeightsError: as `build_method`; also for names of classes that the label space does not have, and
-            for pictures per step that the processes cannot share, or that are fewer than a method can work with.
+            for pictures per step that the processes cannot share, or that are fewer or smaller than a method can work
+            with, or of several sizes where it needs one.
     """
     fitted = set()
     for name in names:
@@ -85,6 +87,7 @@ def rehearse(context: Context, names: Iterable[str]) -> None:
         with torch.device("meta"):
             method = sketch_method(context, name, stage)
         _check_batches(context, name, stage, method)
+        _check_sizes(context, name, stage, method)
 
 
 def _build(context: Context, name: str, stage: TrainStage, task: Task) -> Method[Any]:
@@ -125,6 +128,31 @@ def _check_batches(context: Context, name: str, stage: TrainStage, method: Metho
                 f"{key}: {stage.method.name} mixes {stream} pictures with each other and needs {least} per process "
                 f"and step, not {given}"
             )
+
+
+def _check_sizes(context: Context, name: str, stage: TrainStage, method: Method[Any]) -> None:
+    """Of pictures whose size the configuration gives; those that keep their own are met when they are read."""
+    known = {stream: size for stream in sorted(context.streams(name, stage)) if (size := _size(context, stage, stream))}
+    for stream, (height, width) in known.items():
+        least = method.smallest_picture()
+        if min(height, width) < least:
+            raise ConfigError(
+                f"stages.{name}: {stage.method.name} needs pictures with sides of at least {least}, but the {stream} "
+                f"ones are {height} x {width}"
+            )
+    mixed = {stream: size for stream, size in known.items() if stream in method.same_size()}
+    if len(set(mixed.values())) > 1:
+        told = ", ".join(f"{stream} {height} x {width}" for stream, (height, width) in mixed.items())
+        raise ConfigError(
+            f"stages.{name}: {stage.method.name} needs pictures of one size ({told}): set training.augment.crop"
+        )
+
+
+def _size(context: Context, stage: TrainStage, stream: Stream) -> Size | None:
+    """Height and width of a stream's pictures, where the configuration gives them."""
+    data = context.config.data
+    domain = data.source if stream == Stream.SOURCE else data.target
+    return stage.training.augment.crop or (domain.size if domain else None)
 
 
 def _fit_weights(name: str, network: NetworkConfig) -> None:
