@@ -93,10 +93,10 @@ class Naive:
             distance = sum((p[:, k] - q[:, k]) ** 2 for k in range(C))
         else:
             distance = -sum(q[:, k] * p[:, k].log() for k in range(C))
-        total = 0.0
+        total, everywhere = 0.0, (q.amax(1) >= self.c.threshold)[valid].float().mean()
         for b in range(len(p)):
             sure = q[b].max(0).values >= self.c.threshold
-            share = sure[valid[b]].float().mean()
+            share = everywhere if self.c.confidence == "batch" else sure[valid[b]].float().mean()
             if self.c.confidence == "pixel":
                 total += distance[b][valid[b] & counts[b] & sure].sum()
             else:
@@ -113,6 +113,7 @@ CASES = {
     "adaptation": (ALL, {"source": 0.7, "consistency": 0.6}),
     "cross-entropy": (SSL, {"loss": "cross_entropy", "share": (0.2, 0.6)}),
     "confidence per pixel": (SSL, {"confidence": "pixel"}),
+    "confidence of the batch": (SSL, {"confidence": "batch"}),
     "cutout": (SSL, {"mask": "cutout", "share": (0.0, 1.0)}),
     "cutout per pixel": (SSL, {"mask": "cutout", "confidence": "pixel", "colours": True}),
     "colours": (SSL, {"colours": True, "decay": 0.6}),

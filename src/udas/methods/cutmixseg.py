@@ -34,8 +34,9 @@ class CutMixSegConfig(SegmentationConfig):
         "squared", description="d: squared difference of the probabilities, summed over classes; or cross-entropy"
     )
     threshold: Share = Field(0.97, description="tau, confidence from which a pixel of the teacher counts as sure")
-    confidence: Literal["picture", "pixel"] = Field(
-        "picture", description="s: share of a picture's pixels that are sure, for all of them; or 1 for each sure pixel"
+    confidence: Literal["picture", "batch", "pixel"] = Field(
+        "picture",
+        description="s: share of sure pixels in the picture, or the batch, for all of them; or 1 for each sure pixel",
     )
     colours: bool = Field(False, description="the student sees changed colours, as in the paper of 2021")
     decay: float = Field(0.99, gt=0, lt=1, description="alpha, the decay of the mean teacher")
@@ -70,7 +71,7 @@ class CutMixSeg(SegmentationMethod[CutMixSegConfig]):
         x_m    = (1 - M) a + M b
         p_t    = softmax((1 - M) g(a) + M g(b)),   p_s = softmax f(x_m)
         d      = sum_c (p_s - p_t)^2                                                      per pixel
-        s      = share of the pixels of x_m with max_c p_t >= tau: one number per picture
+        s      = share of the pixels of x_m with max_c p_t >= tau: one number per picture, or per batch
         L_cons = mean of s d
         L      = CE(f(x_l), y_l) + consistency L_cons   (+ source CE(f(x_s), y_s))
         g     <- alpha g + (1 - alpha) f, buffers too
@@ -125,11 +126,12 @@ class CutMixSeg(SegmentationMethod[CutMixSegConfig]):
         return Mixed(seen, target, valid, visible * self._confidence(target, valid))
 
     def _confidence(self, target: Tensor, valid: Tensor) -> Tensor:
-        """s, [B, H, W] or [B, 1, 1]."""
+        """s, [B, H, W], [B, 1, 1] or [1, 1, 1]."""
         sure = (target.softmax(1).amax(1) >= self.config.threshold) & valid
         if self.config.confidence == "pixel":
             return sure.float()
-        return sure.float().sum((1, 2), keepdim=True) / valid.sum((1, 2), keepdim=True).clamp(min=1)
+        counted = (0, 1, 2) if self.config.confidence == "batch" else (1, 2)
+        return sure.float().sum(counted, keepdim=True) / valid.sum(counted, keepdim=True).clamp(min=1)
 
     def _distance(self, logits: Tensor, target: Tensor) -> Tensor:
         """How far the student's logits are from the teacher's: d, [B, H, W]."""
