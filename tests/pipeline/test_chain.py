@@ -93,6 +93,19 @@ def test_the_streams_are_the_easy_pictures_with_labels_and_the_hard_ones(finishe
     assert not streams[Stream.UNLABELLED].labels
 
 
+def test_a_training_tells_which_labels_it_saw(finished: Context) -> None:
+    folder = finished.folder / "taught"
+    assert json.loads((folder / "streams.json").read_text()) == {
+        "labelled": 2,
+        "unlabelled": 6,
+        "labelled, unlabelled too": 2,
+    }
+    granted = finished.labelled(finished.config.stages["taught"])
+    again = finished.target.labelled("train", str(folder / "labelled.txt"))
+    assert again.pictures == granted.pictures
+    assert not (finished.folder / "warm" / "labelled.txt").exists()
+
+
 @torch.no_grad()
 def test_an_ensemble_labels_by_the_mean_of_logits(finished: Context) -> None:
     one, two = (load_trained(finished, name).eval() for name in ("warm", "other"))

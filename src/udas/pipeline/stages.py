@@ -19,10 +19,12 @@ from udas.pipeline.build import build_method
 from udas.pipeline.config import EvaluateStage, LabelStage, PrototypesStage, RankStage, TrainStage, TranslateStage
 from udas.pipeline.context import Context
 from udas.pipeline.label import label
+from udas.pipeline.label_files import write_json
 from udas.pipeline.models import MODEL, load_averaged, load_trained, placed, reweighted
 from udas.pipeline.prototypes import collect_prototypes
 from udas.pipeline.rank import rank_pictures, restricted
 from udas.pipeline.translate import FourierPainter, Painter, translate
+from udas.storage import write_atomically
 from udas.training.log import Bar
 from udas.training.loop import Training
 
@@ -35,9 +37,24 @@ def run_train(context: Context, name: str, stage: TrainStage, folder: Path) -> N
     training = Training(
         method, stage.training, context.config.logging, folder, runtime, context.config.seed, validate
     )  # fmt: skip
-    training.run(train_streams(context, name, stage), stage.title or name)
+    streams = train_streams(context, name, stage)
+    if runtime.main:
+        _note_pictures(streams, folder)
+    training.run(streams, stage.title or name)
     if runtime.main:
         method.save_model(folder / MODEL)
+
+
+def _note_pictures(streams: Mapping[Stream, PictureSet], folder: Path) -> None:
+    """How many pictures each stream has, and which were labelled, as a list that `labelled` can name again."""
+    counts = {str(stream): len(pictures) for stream, pictures in streams.items()}
+    if Stream.LABELLED in streams:
+        labelled = [picture.name for picture in streams[Stream.LABELLED].pictures]
+        write_atomically(folder / "labelled.txt", "".join(f"{name}\n" for name in labelled).encode())
+        if Stream.UNLABELLED in streams:
+            shared = {picture.name for picture in streams[Stream.UNLABELLED].pictures}.intersection(labelled)
+            counts["labelled, unlabelled too"] = len(shared)
+    write_json(folder / "streams.json", counts)
 
 
 def run_translate(context: Context, name: str, stage: TranslateStage, folder: Path) -> None:
