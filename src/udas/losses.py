@@ -68,6 +68,14 @@ def masked_mean(values: Tensor, counted: Tensor) -> Tensor:
     return (values * counted).sum() / counted.sum().clamp(min=1)
 
 
+def sure_share(sure: Tensor, counted: Tensor, over: tuple[int, ...] = (1, 2)) -> Tensor:
+    """Share of the pixels where `counted`, [B, H, W], that are `sure`: one number per picture, [B, 1, 1].
+
+    With `over` = (0, 1, 2) one for the batch, [1, 1, 1]; 0 where none is counted.
+    """
+    return (sure & counted).sum(over, keepdim=True) / counted.sum(over, keepdim=True).clamp(min=1)
+
+
 def squared_distance(output: Tensor, target: float) -> Tensor:
     """Least-squares GAN: E[(D(x) - a)^2] (Mao et al., ICCV 2017, Eq. 2)."""
     return (output - target).square().mean()

@@ -44,7 +44,8 @@ class AdaptSegNet(SegmentationMethod[OutputSpaceConfig]):
 
         L_D   = 1/2 (l(D(P_s), real) + l(D(P_t), fake))
 
-    where l is binary cross-entropy (vanilla) or the squared distance (least_squares).
+    where l is binary cross-entropy (vanilla) or the squared distance (least_squares). Labelled real pictures, where
+    there are, add labelled CE(f(x_l), y_l).
     """
 
     settings: ClassVar[type[OutputSpaceConfig]] = AdaptSegNetConfig

@@ -82,7 +82,7 @@ class Guide(NamedTuple):
     """What the perturbations know of the objects in the pictures, in cells of the features.
 
     objects: [B, h, w] bool.
-    boxes: [B, K, 4], see `region_boxes`.
+    boxes: [B, K, 4], see `region_boxes`; none where no decoder asks for them.
     """
 
     objects: Tensor
@@ -171,6 +171,8 @@ class CCT(SegmentationMethod[CCTConfig]):
         """The objects that the probabilities [B, C, H, W] show."""
         objects = self.foreground[target.argmax(1)]
         objects = F.interpolate(objects[:, None].float(), size=z.shape[-2:], mode="nearest")[:, 0] > 0
+        if "cutout" not in self.kinds:
+            return Guide(objects, objects.new_zeros(len(objects), 0, 4))
         return Guide(objects, region_boxes(objects, OBJECTS, self.config.outline / self.stride))
 
     def _perturb(self, kind: str, z: Tensor, guide: Guide, head: nn.Module, seeds: Sequence[int]) -> Tensor:

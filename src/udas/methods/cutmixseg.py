@@ -13,7 +13,7 @@ from udas.config import SegmentationConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.masks import box_masks
 from udas.data.mixing import inside_picture, partners, paste, strong
-from udas.losses import masked_mean
+from udas.losses import masked_mean, sure_share
 from udas.methods.base import Average, SegmentationMethod, Task
 from udas.methods.domains import supervise
 from udas.networks.segmenters import Segmenter
@@ -127,11 +127,10 @@ class CutMixSeg(SegmentationMethod[CutMixSegConfig]):
 
     def _confidence(self, target: Tensor, valid: Tensor) -> Tensor:
         """s, [B, H, W], [B, 1, 1] or [1, 1, 1]."""
-        sure = (target.softmax(1).amax(1) >= self.config.threshold) & valid
+        sure = target.softmax(1).amax(1) >= self.config.threshold
         if self.config.confidence == "pixel":
-            return sure.float()
-        counted = (0, 1, 2) if self.config.confidence == "batch" else (1, 2)
-        return sure.float().sum(counted, keepdim=True) / valid.sum(counted, keepdim=True).clamp(min=1)
+            return (sure & valid).float()
+        return sure_share(sure, valid, (0, 1, 2) if self.config.confidence == "batch" else (1, 2))
 
     def _distance(self, logits: Tensor, target: Tensor) -> Tensor:
         """How far the student's logits are from the teacher's: d, [B, H, W]."""

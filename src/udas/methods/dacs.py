@@ -12,7 +12,7 @@ from udas.config import SegmentationConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.masks import classmix_masks
 from udas.data.mixing import inside_picture, paste, strong
-from udas.losses import outputs_cross_entropy
+from udas.losses import outputs_cross_entropy, sure_share
 from udas.methods.base import Average, SegmentationMethod, Task
 from udas.networks.segmenters import Segmenter
 
@@ -24,7 +24,7 @@ class DACSConfig(SegmentationConfig):
 
     name: Literal["dacs"] = "dacs"
     consistency: float = Field(1.0, ge=0, description="weight of L_u, the loss on mixed pictures")
-    threshold: Share = Field(0.968, description="tau; q is the share of a picture's pixels with a confidence above it")
+    threshold: Share = Field(0.968, description="tau; q is the share of a picture's pixels at least as confident")
     decay: float = Field(0.99, gt=0, lt=1, description="alpha, the decay of the mean teacher")
     teacher_norm: Literal["batch", "running"] = Field(
         "batch", description="statistics the teacher's batch norms use: of the batch, as released, or running ones"
@@ -42,7 +42,7 @@ class DACS(SegmentationMethod[DACSConfig]):
     """DACS (Tranheden et al., WACV 2021): L = CE(f(x_s), y_s) + consistency L_u.
 
     y_t = argmax_c g(x_t)_c                 labels by the mean teacher g, on pictures as the loader gives them
-    q   = share of the picture's pixels with max_c softmax(g(x_t))_c > tau: one number per picture, no mask of pixels
+    q   = share of the picture's pixels with max_c softmax(g(x_t))_c >= tau: one number per picture, no mask of pixels
     M   = the pixels of a random half of the classes in y_s (ClassMix)
     x_m = strong(M x_s + (1 - M) x_t),  y_m likewise;  W = 1 where M, q elsewhere
     L_u = mean of W CE(f(x_m), y_m), without what a zoom left black of x_t, which does not count in q either
@@ -86,8 +86,7 @@ class DACS(SegmentationMethod[DACSConfig]):
         partner = torch.arange(len(target.image), device=target.image.device) % len(source.image)
         confidence, label = self.teacher.module(target.image).softmax(1).max(1)
         inside = inside_picture(target.image)
-        sure = ((confidence > c.threshold) & inside).sum((1, 2), keepdim=True)
-        quality = sure / inside.sum((1, 2), keepdim=True).clamp(min=1)
+        quality = sure_share(confidence >= c.threshold, inside)
         label = label.masked_fill(~inside, IGNORE)
         mask = classmix_masks(source.label[partner], target.seeds, c.void)
         image = paste(target.image, source.image[partner], mask)

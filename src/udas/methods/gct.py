@@ -156,11 +156,9 @@ class Opinion(NamedTuple):
 
 
 def with_new_head(network: Segmenter) -> Segmenter:
-    """The network itself, the weights of its decoder drawn anew: two copies of one checkpoint would stay the same."""
+    """The network itself, its decoder drawn anew: two copies of one checkpoint would stay the same."""
     fresh = build_segmenter(network.config, network.classes, pretrained=False)
-    with torch.no_grad():
-        for weight, new in zip(network.decoder.parameters(), fresh.decoder.parameters(), strict=True):
-            weight.copy_(new)
+    network.decoder.load_state_dict(fresh.decoder.state_dict())
     return network
 
 

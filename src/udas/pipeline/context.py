@@ -93,7 +93,7 @@ class Context:
         wanted = (method.needs | method.optional) & there if stage.streams is None else frozenset(stage.streams)
         for stream in sorted((method.needs | wanted) - (there & wanted)):
             advice = "add it to `streams`" if stream in there else ADVICE[stream]
-            raise ConfigError(f"stages.{name}: method {stage.method.name} has no stream {stream.value!r}: {advice}")
+            raise ConfigError(f"stages.{name}: method {stage.method.name} gets no stream {stream.value!r}: {advice}")
         if useless := sorted(wanted - method.needs - method.optional):
             raise ConfigError(f"stages.{name}.streams: method {stage.method.name} does not use {', '.join(useless)}")
         if not wanted:
@@ -138,7 +138,7 @@ def render_streets(name: str, streets: StreetsConfig, root: Path) -> None:
 
 ADVICE = {
     Stream.SOURCE: "give data.source",
-    Stream.LABELLED: "give `labelled` in data.target or in the stage",
+    Stream.LABELLED: "no real label is granted; set `labelled` in data.target or in the stage",
     Stream.UNLABELLED: "give data.target",
     Stream.PSEUDO: "name a label stage in `pseudo`",
 }
