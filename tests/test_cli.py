@@ -195,6 +195,31 @@ def unknown_class_in_a_later_stage(world: Path, patch: pytest.MonkeyPatch) -> li
 
 
 @case
+def unknown_foreground(world: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    return run_with(world, TEACHER | {"second": {"method": {"name": "cct", "foreground": ["person", "vehicel"]}}})
+
+
+@case
+def missing_foreground(world: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    return run_with(world, TEACHER | {"second": {"method": {"name": "cct"}}})
+
+
+@case
+def unknown_background(world: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    return run_with(world, TEACHER | {"second": {"method": {"name": "pseudoseg", "background": "backgruond"}}})
+
+
+@case
+def no_labels_for_semi_supervised_training(world: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    return run_with(world, TEACHER | {"second": {"method": {"name": "cutmixseg"}, "labelled": "none"}})
+
+
+@case
+def streams_without_a_needed_one(world: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    return run_with(world, TEACHER | {"second": {"method": {"name": "fixmatch"}, "streams": ["source", "labelled"]}})
+
+
+@case
 def too_few_pictures_to_mix(world: Path, patch: pytest.MonkeyPatch) -> list[str]:
     second = {"method": {"name": "fixmatch"}, "training": {"batch": {"labelled": 2, "unlabelled": 1}}}
     return run_with(world, TEACHER | {"second": second})

@@ -167,12 +167,18 @@ def optimisers(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: dict(config) for key, field in fields.items() if isinstance(field.default, OptimiserConfig)}
 
 
-def build(name: str, steps: int, segmenter: Callable[[], Segmenter], changes: Mapping[str, Any]) -> Method[Any]:
-    """The method with the streams it takes, a teacher and prototypes."""
+def build(
+    name: str,
+    steps: int,
+    segmenter: Callable[[], Segmenter],
+    changes: Mapping[str, Any],
+    chosen: frozenset[Stream] | None = None,
+) -> Method[Any]:
+    """The method with the streams it takes, or `chosen` ones, a teacher and prototypes."""
     kind = load_method(name)
     size = len(street().classes), segmenter().decoder.channels
     prototypes = torch.randn(size, generator=torch.Generator().manual_seed(0))
-    task = Task(street(), segmenter, taken(name), steps, segmenter, prototypes)
+    task = Task(street(), segmenter, chosen or taken(name), steps, segmenter, prototypes)
     built: Method[Any] = kind(kind.settings.model_validate(settings(name) | dict(changes)), task)
     return built
 
@@ -201,12 +207,16 @@ def training(
     segmenter: Callable[..., Segmenter] = tiny_segmenter,
     changes: Mapping[str, Any] | None = None,
     seed: int = 0,
+    chosen: frozenset[Stream] | None = None,
     **logging: int,
 ) -> Training:
-    """A training of a method in `folder`, with `changes` of its settings; `seed` is that of the initial weights."""
+    """A training of a method in `folder`, with `changes` of its settings; `seed` is that of the initial weights.
+
+    `chosen` streams, or all that the method takes.
+    """
     torch.manual_seed(seed)
     config = TrainingConfig(steps=steps, batch=2, augment=AugmentConfig(crop=(32, 32)))
-    method = build(name, steps, partial(segmenter, **NETWORKS.get(name, {})), changes or {})
+    method = build(name, steps, partial(segmenter, **NETWORKS.get(name, {})), changes or {}, chosen)
     return Training(method, config, LoggingConfig.model_validate({"every": 1, **logging}), folder, runtime, seed=0)
 
 

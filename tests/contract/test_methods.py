@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from tiny_run import (
     LINKS,
     NETWORKS,
     QUIET,
+    described,
     given,
     loaded,
     make_world,
@@ -31,7 +33,7 @@ from tiny_run import (
 )
 from udas.data.batch import Stream
 from udas.methods.base import Method
-from udas.names import METHODS
+from udas.names import METHODS, load_method
 from udas.networks.generators import load_translator
 from udas.networks.weights import load_segmenter
 from udas.pipeline.run import run
@@ -40,6 +42,10 @@ from udas.training.log import read_log
 from udas.training.loop import Training
 
 every_method = pytest.mark.parametrize("name", METHODS)
+REAL = frozenset({Stream.LABELLED, Stream.UNLABELLED})
+semi_supervised = pytest.mark.parametrize(
+    "name", [name for name in METHODS if (kind := load_method(name)).needs == REAL and Stream.SOURCE in kind.optional]
+)
 
 
 @pytest.fixture(scope="module")
@@ -101,13 +107,24 @@ def test_a_checkpoint_restores_everything_a_method_remembers(world: Path, tmp_pa
 
 @every_method
 def test_a_stopped_and_resumed_training_ends_bit_identical(world: Path, tmp_path: Path, name: str) -> None:
-    whole = trained(world, tmp_path / "whole", name, steps=6, checkpoint_every=2)
-    stopped = training(tmp_path / "parts", name, steps=6, checkpoint_every=2)
+    stop_and_resume(world, tmp_path, name, 6)
+
+
+@semi_supervised
+def test_a_training_without_synthetic_pictures_resumes_bit_identical(world: Path, tmp_path: Path, name: str) -> None:
+    stop_and_resume(world, tmp_path, name, 4, chosen=REAL)
+
+
+def stop_and_resume(world: Path, tmp_path: Path, name: str, steps: int, **options: Any) -> None:
+    """Train at once; and again, stopped after a checkpoint and one more step, and resumed from other weights."""
+    options |= {"checkpoint_every": 2}
+    whole = trained(world, tmp_path / "whole", name, steps, **options)
+    stopped = training(tmp_path / "parts", name, steps, **options)
     stop_before(stopped, 3)
     with pytest.raises(StoppedError):
         stopped.run(given(world, stopped.method))
-    resumed = trained(world, tmp_path / "parts", name, steps=6, checkpoint_every=2, seed=5)
-    assert resumed.progress.step == 6
+    resumed = trained(world, tmp_path / "parts", name, steps, seed=5, **options)
+    assert resumed.progress.step == steps
     assert same_tensors(whole.method.state_dict(), resumed.method.state_dict())
     assert same_tensors(tensors_below(tmp_path / "whole"), tensors_below(tmp_path / "parts"))
 
@@ -187,6 +204,16 @@ def test_a_run_opens_no_label_that_was_not_granted(guarded: Path, tmp_path: Path
     assert report.is_file()
     for stage in config.stages:
         assert json.loads((tmp_path / "run" / stage / "manifest.json").read_text())["state"] == "done"
+
+
+@semi_supervised
+def test_a_run_of_real_pictures_opens_nothing_else(guarded: Path, tmp_path: Path, name: str) -> None:
+    """Neither labels that were not granted nor synthetic pictures exist."""
+    shutil.rmtree(guarded / "game")
+    real = {"data": {"target": described(guarded, "road")}}
+    config = loaded(run_file(tmp_path / "run.yaml", guarded, chain(name), **real))
+    assert run(config, tmp_path / "run", CPU, QUIET).is_file()
+    assert json.loads((tmp_path / "run/tested/manifest.json").read_text())["state"] == "done"
 
 
 def test_the_unlabelled_stream_has_no_path_to_labels(world: Path) -> None:

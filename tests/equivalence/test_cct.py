@@ -23,6 +23,7 @@ SSL = (Stream.LABELLED, Stream.UNLABELLED)
 ALL = (*SSL, Stream.SOURCE)
 KINDS = ("dropout", "feature_drop", "noise", "cutout", "context", "objects", "adversarial")
 NONE = dict.fromkeys(KINDS, 0)
+OURS = {"name", "optimiser", "source", "auxiliary"}  # what the publication does not give
 
 
 def make(streams=SSL, network="deeplabv3plus", norm="train", **settings):
@@ -157,6 +158,33 @@ def test_step_is_the_formula(case):
         found = ours.state_dict()
         for key, value in theirs.state_dict().items():
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=5e-6, msg=key)
+
+
+def test_the_defaults_are_the_published_ones():
+    """As released, with the numbers of decoders of a port of 11 with a like score."""
+    assert CCTConfig(foreground=["car"]).model_dump(exclude=OURS) == {
+        "decoders": {
+            "dropout": 2,
+            "feature_drop": 2,
+            "noise": 2,
+            "cutout": 2,
+            "context": 1,
+            "objects": 1,
+            "adversarial": 1,
+        },
+        "foreground": ["car"],
+        "consistency": 30,
+        "ramp": 0.1,
+        "supervised": "cross_entropy",
+        "threshold": 0.9,
+        "annealing": 0.4,
+        "drop": 0.5,
+        "active": (0.7, 0.9),
+        "strength": 0.3,
+        "erase": 0.4,
+        "outline": 50,
+        "adversarial": 2,
+    }
 
 
 def test_the_number_of_decoders_is_a_choice():

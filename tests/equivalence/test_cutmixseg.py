@@ -23,6 +23,7 @@ SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedu
 SSL = (Stream.LABELLED, Stream.UNLABELLED)
 ALL = (*SSL, Stream.SOURCE)
 C = len(CLASSES.classes)
+OURS = {"name", "optimiser", "source", "auxiliary"}  # what the publication does not give
 
 
 def make(streams=SSL, network="fcn", **settings):
@@ -138,6 +139,21 @@ def test_step_is_the_formula(case):
             torch.testing.assert_close(found[key], value, rtol=1e-5, atol=2e-6, msg=key)
 
 
+def test_the_defaults_are_the_published_ones():
+    assert CutMixSegConfig().model_dump(exclude=OURS) == {
+        "consistency": 1,
+        "mask": "cutmix",
+        "share": (0.5, 0.5),
+        "loss": "squared",
+        "threshold": 0.97,
+        "confidence": "picture",
+        "colours": False,
+        "decay": 0.99,
+        "teacher_norm": "running",
+        "keep": "teacher",
+    }
+
+
 class Certain(nn.Module):
     """A teacher that is sure of the first `columns` columns of each picture, and of no other."""
 
@@ -174,6 +190,16 @@ def test_two_pictures_and_what_the_teacher_says_of_them_are_mixed_alike():
     assert torch.equal(mixed.image, (shown / 4)[:, None].expand(3, 3, 33, 48))
     assert torch.equal(mixed.target.argmax(1), shown - 1)
     assert (mixed.weight == 1).all()
+
+
+def test_a_picture_is_never_mixed_with_another_crop_of_itself():
+    """The batch holds two crops of a and two of b: each shows a box of the first crop of the other one that follows."""
+    method, seen, shown = make(), Batch(labelled=block(1), unlabelled=block(2, 4, labelled=False)), []
+    seen = replace(seen, unlabelled=replace(seen.unlabelled, names=("a", "a", "b", "b")))
+    method.segmenter.register_forward_pre_hook(lambda _, given: shown.append(given[0].clone()))
+    advance(lend_engine(method), method, seen)
+    image, box = seen.unlabelled.image, box_masks(seen.unlabelled.seeds, 33, 48)
+    assert torch.equal(shown[-1], torch.where(box, image[[2, 2, 0, 0]], image))
 
 
 def test_a_hole_shows_the_mean_colour_and_counts_nowhere():

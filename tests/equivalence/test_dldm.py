@@ -22,6 +22,7 @@ from udas.validation import validate
 SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedule": "constant"}
 SEMI = (Stream.LABELLED, Stream.UNLABELLED)
 SUPERVISED = (Stream.SOURCE, Stream.LABELLED)
+OURS = {"name", "optimiser", "auxiliary"}  # what the publication does not give
 
 
 def teachers():
@@ -145,6 +146,12 @@ def test_step_is_the_formula(case):
         assert advance(engine, method, seen, step) == pytest.approx(naive.step(seen, step), rel=2e-5)
     for key, value in naive.net.state_dict().items():
         torch.testing.assert_close(method.segmenter.state_dict()[key], value, rtol=1e-5, atol=2e-6, msg=key)
+
+
+def test_the_defaults_are_the_published_ones():
+    """Pseudo-labels count as real ones do: in the publication both are one pool."""
+    assert DLDMConfig().model_dump(exclude=OURS) == {"distillation": 0.5, "labelled": 1, "pseudo": 1}
+    assert RegionMixConfig().model_dump(exclude=OURS) == {"pseudo": 1}
 
 
 # --------------------------------------------------------------------------------------------------------- student

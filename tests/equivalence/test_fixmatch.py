@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ SGD = {"name": "sgd", "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4, "schedu
 SSL = (Stream.LABELLED, Stream.UNLABELLED)
 ALL = (*SSL, Stream.SOURCE)
 C = len(CLASSES.classes)
+OURS = {"name", "optimiser", "source", "auxiliary"}  # what the publications do not give
 METHODS = {"fixmatch": (FixMatch, FixMatchConfig), "unimatch": (UniMatch, UniMatchConfig)}
 both = pytest.mark.parametrize("name", METHODS)
 
@@ -160,11 +162,19 @@ def test_step_is_the_formula(name, case):
         torch.testing.assert_close(found[key], value, rtol=1e-5, atol=2e-6, msg=key)
 
 
-def test_published_weights():
-    """L = (L_x + L_s) / 2 and L = (L_x + L_s1 / 4 + L_s2 / 4 + L_fp / 2) / 2."""
-    config = UniMatchConfig()
-    assert (config.images, config.features, config.dropout, config.cutmix) == (0.25, 0.5, 0.5, 0.5)
-    assert FixMatchConfig().consistency == 1
+def test_the_defaults_are_the_published_ones():
+    """L = (L_x + L_s) / 2 and L = (L_x + L_s1 / 4 + L_s2 / 4 + L_fp / 2) / 2; the threshold is that of VOC and COCO."""
+    shared = {"threshold": 0.95, "cutmix": 0.5, "share": (0.02, 0.4)}
+    assert FixMatchConfig().model_dump(exclude=OURS) == shared | {"consistency": 1}
+    assert UniMatchConfig().model_dump(exclude=OURS) == shared | {"images": 0.25, "features": 0.5, "dropout": 0.5}
+
+
+def test_the_strong_view_is_the_published_one():
+    """Jitter 0.5, 0.5, 0.5 and 0.25 with probability 0.8, grey 0.2, blur 0.5 of sigma 0.1 to 2, in this order."""
+    seen = block(1, 8, labelled=False)
+    believed = believe(torch.zeros(8, C, 33, 48), seen.image)
+    image, _ = strong_view(seen, seen.seeds, believed, FixMatchConfig(cutmix=0))
+    assert torch.equal(image, strong(seen.image, seen.seeds, 0.5, 0.5, 0.5, 0.25, 0.8, 0.2, 0.5, (0.1, 2.0)))
 
 
 def test_the_mean_is_over_all_pixels_inside_the_picture():
@@ -228,6 +238,20 @@ def test_one_picture_is_never_mixed_with_itself(name):
     with pytest.raises(ConfigError, match="batch of one"):
         advance(lend_engine(alone := make(name)), alone, seen)
     advance(lend_engine(alone := make(name, cutmix=0)), alone, seen)
+
+
+@both
+def test_a_picture_is_never_mixed_with_another_crop_of_itself(name):
+    """The batch holds two crops of a and two of b: each view has a box of the first crop of the other that follows."""
+    method, seen, shown = make(name, cutmix=1), block(2, 4, labelled=False), []
+    seen, levels = replace(seen, names=("a", "a", "b", "b")), method.segmenter.levels
+    method.segmenter.levels = lambda image: shown.append(image.clone()) or levels(image)
+    advance(lend_engine(method), method, Batch(labelled=block(1), unlabelled=seen))
+    assert len(shown[-1]) == (4 if name == "fixmatch" else 8)
+    for number, view in enumerate(shown[-1].split(4)):
+        seeds = [seed_of(seed, "second") for seed in seen.seeds] if number else seen.seeds
+        colours = strong(seen.image, seeds)
+        assert torch.equal(view, torch.where(sized_boxes(seeds, 33, 48), colours[[2, 2, 0, 0]], colours))
 
 
 @both

@@ -25,6 +25,8 @@ SSL = (Stream.LABELLED, Stream.UNLABELLED)
 ALL = (*SSL, Stream.SOURCE)
 SIZE = {"height": 25, "width": 36}
 SMALL = {"detector_width": 6, "detector_stages": 2}
+# what the publication does not give
+OURS = {"name", "optimiser", "detector_optimiser", "source", "auxiliary", "keep"}
 
 
 def make(streams=SSL, network="fcn", **settings):
@@ -215,6 +217,25 @@ def test_step_is_the_formula(case, double):
             torch.testing.assert_close(found[key], value, rtol=1e-7, atol=1e-9, msg=key)
 
 
+def test_the_defaults_are_the_published_ones():
+    """Those of the released scripts for segmentation; the ramp is 3 epochs of 20."""
+    assert GCTConfig().model_dump(exclude=OURS) == {
+        "consistency": 100,
+        "correction": 1,
+        "detection": 10,
+        "threshold": 0.6,
+        "ramp_up": 0.15,
+        "mu": 0.5,
+        "nu": 1,
+        "detector_width": 64,
+        "detector_stages": 4,
+        "batch_share": 0.5,
+    }
+    detector = GCTConfig().detector_optimiser
+    assert (detector.name, detector.lr, detector.betas) == ("adam", 1e-4, (0.9, 0.99))
+    assert (detector.schedule, detector.power) == ("poly", 0.9)
+
+
 # ------------------------------------------------------------------------------------------------- the two networks
 
 
@@ -306,6 +327,22 @@ def test_a_map_without_flaw_is_zero():
     maps = torch.cat([opinion([0.05, 0.08, -3.0], 1).flaws, opinion([0.05, 0.12, 0.08], 1).flaws])
     assert not handled(maps)[0].any()
     assert handled(maps)[1].max() == pytest.approx(1)
+
+
+def test_flaw_maps_are_clipped_then_blurred_and_then_scaled():
+    """At 64 pixels the kernel of side / 16 has 5 x 5, and that of other parts another size."""
+    maps = torch.randn(3, 1, 64, 80, dtype=torch.double, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(handled(maps), handle(maps), rtol=1e-6, atol=1e-8)
+
+
+def test_a_flaw_reaches_its_neighbours_and_a_faint_one_of_a_pixel_is_none():
+    """The kernel is 5 x 5, sigma 1.1: of 0.6 in one pixel 0.08 is left, of 0.9 0.12; up to 0.1 a map has no flaw."""
+    maps = torch.zeros(2, 1, 64, 64)
+    maps[0, 0, 30, 20], maps[1, 0, 30, 20] = 0.6, 0.9
+    faint, clear = handled(maps)
+    assert not faint.any()
+    expected = [math.exp(-(i * i) / (2 * 1.1**2)) for i in (0, 1, 2)]
+    assert clear[0, 30, 20:24].tolist() == pytest.approx([*expected, 0], rel=1e-4)
 
 
 # ----------------------------------------------------------------------------------------------------- ground truth

@@ -24,6 +24,7 @@ SGD = {"name": "sgd", "lr": 0.02, "head_factor": 3, "momentum": 0.9, "weight_dec
 SSL = (Stream.LABELLED, Stream.UNLABELLED)
 ALL = (*SSL, Stream.SOURCE)
 C = len(CLASSES.classes)
+OURS = {"name", "optimiser", "source", "auxiliary"}  # what the publication does not give
 
 
 def make(streams=SSL, network="deeplabv2", norm="train", **settings):
@@ -197,6 +198,23 @@ def test_step_is_the_formula(case):
         found = ours.state_dict()
         for key, value in theirs.state_dict().items():
             torch.testing.assert_close(found[key], value, rtol=1e-4, atol=1e-5, msg=f"{title}.{key}")
+
+
+def test_the_defaults_are_the_published_ones():
+    """But for the background, which is published as class 0 and here has to be named; the square is 100 of 513."""
+    config = PseudoSegConfig()
+    assert config.model_dump(exclude=OURS) == {
+        "consistency": 1,
+        "gamma": 0.5,
+        "temperature": 0.5,
+        "calibration": "batch",
+        "background": None,
+        "present": 0.5,
+        "batch_norm": True,
+        "jitter": 0.5,
+        "cutout": 0.195,
+    }
+    assert round(config.cutout * 513) == 100
 
 
 # ----------------------------------------------------------------------------------------------------------- gradients
