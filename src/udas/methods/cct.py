@@ -72,7 +72,7 @@ class CCTConfig(SegmentationConfig):
             raise ValueError("`decoders` are all 0; without one there is no consistency (method `supervised`)")
         if counts.cutout + counts.context + counts.objects and not self.foreground:
             raise ValueError(
-                "`foreground` is missing: name the classes that are objects, such as [vehicle]; "
+                "`foreground` is missing: name the classes that are objects, such as [vehicle] in street11; "
                 "or set decoders.cutout, decoders.context and decoders.objects to 0"
             )
         return self

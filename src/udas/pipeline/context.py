@@ -93,7 +93,7 @@ class Context:
         wanted = (method.needs | method.optional) & there if stage.streams is None else frozenset(stage.streams)
         for stream in sorted((method.needs | wanted) - (there & wanted)):
             advice = "add it to `streams`" if stream in there else ADVICE[stream]
-            raise ConfigError(f"stages.{name}: method {stage.method.name} gets no stream {stream.value!r}: {advice}")
+            raise ConfigError(f"stages.{name}: no stream {stream.value!r} for method {stage.method.name}: {advice}")
         if useless := sorted(wanted - method.needs - method.optional):
             raise ConfigError(f"stages.{name}.streams: method {stage.method.name} does not use {', '.join(useless)}")
         if not wanted:
