@@ -15,7 +15,17 @@ from equivalence.stepping import advance, lend_engine, turns
 from udas.data.batch import IGNORE, Batch, Stream
 from udas.data.mixing import inside_picture
 from udas.errors import ConfigError
-from udas.methods.gct import GCT, GCTConfig, Opinion, exchange, ground_truth, handled, kernel_size
+from udas.methods.gct import (
+    GCT,
+    GCTConfig,
+    Opinion,
+    exchange,
+    ground_truth,
+    handled,
+    kernel_size,
+    with_new_head,
+)
+from udas.networks.encoders import batch_norms
 from udas.networks.segmenters import Segmenter
 from udas.validation import validate
 
@@ -248,6 +258,16 @@ def test_the_networks_share_the_encoders_start_and_no_head():
     assert not any(torch.equal(left[key], right[key]) for key in heads)
     assert all(torch.equal(left[key], right[key]) for key in left if key.startswith("encoder."))
     assert not {id(p) for p in method.segmenter.parameters()} & {id(p) for p in method.right.parameters()}
+
+
+def test_a_new_head_has_statistics_of_its_own():
+    network = task(SSL, "fcn", STEPS).segmenter()
+    for norm in batch_norms(network):
+        norm.running_mean.fill_(3)
+    with_new_head(network)
+    assert batch_norms(network.decoder)
+    assert all(not norm.running_mean.any() for norm in batch_norms(network.decoder))
+    assert all((norm.running_mean == 3).all() for norm in batch_norms(network.encoder))
 
 
 def test_the_kept_network_is_a_choice():

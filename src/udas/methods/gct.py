@@ -18,6 +18,7 @@ from udas.methods.adversary import CriticOptimiser
 from udas.methods.base import Optimised, SegmentationMethod, Task
 from udas.methods.domains import label_loss, supervise
 from udas.methods.ramps import exponential
+from udas.networks.encoders import batch_norms
 from udas.networks.flaw_detector import FlawDetector
 from udas.networks.segmenters import Segmenter, build_segmenter
 
@@ -158,7 +159,11 @@ class Opinion(NamedTuple):
 def with_new_head(network: Segmenter) -> Segmenter:
     """The network itself, its decoder drawn anew: two copies of one checkpoint would stay the same."""
     fresh = build_segmenter(network.config, network.classes, pretrained=False)
-    network.decoder.load_state_dict(fresh.decoder.state_dict())
+    with torch.no_grad():
+        for weight, new in zip(network.decoder.parameters(), fresh.decoder.parameters(), strict=True):
+            weight.copy_(new)
+    for norm in batch_norms(network.decoder):
+        norm.reset_running_stats()
     return network
 
 
