@@ -95,7 +95,7 @@ class StreamSampler(Sampler[list[Key]]):
             yield [key for stream in self.sizes for key in self._share(stream, step)]
 
     def _share(self, stream: Stream, step: int) -> Iterator[Key]:
-        local = share_of(stream, self.batch[stream], self.world)
+        local = self.batch[stream] // self.world
         first = step * self.batch[stream] + self.rank * local
         for draw in range(first, first + local):
             epoch, place = divmod(draw, self.sizes[stream])

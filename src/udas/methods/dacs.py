@@ -63,7 +63,7 @@ class DACS(SegmentationMethod[DACSConfig]):
 
     def same_size(self) -> frozenset[Stream]:
         """Classes of synthetic pictures are pasted on unlabelled ones."""
-        return frozenset({Stream.SOURCE, Stream.UNLABELLED})
+        return self.needs
 
     def step(self, batch: Batch) -> None:
         """Train the student on source and on mixed pictures; then the teacher follows."""

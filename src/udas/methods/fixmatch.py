@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from pydantic import Field
@@ -31,6 +31,24 @@ class WeakToStrongConfig(SegmentationConfig):
     auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
 
 
+W = TypeVar("W", bound=WeakToStrongConfig)
+
+
+class WeakToStrong(SegmentationMethod[W]):
+    """Base of FixMatch and UniMatch: the streams they take, and what their pictures have to be."""
+
+    needs = frozenset({Stream.LABELLED, Stream.UNLABELLED})
+    optional = frozenset({Stream.SOURCE})
+
+    def smallest_batch(self) -> dict[Stream, int]:
+        """Two unlabelled pictures for a box of another one."""
+        return {Stream.UNLABELLED: 2} if self.config.cutmix else {}
+
+    def same_size(self) -> frozenset[Stream]:
+        """Labelled and unlabelled pictures pass together."""
+        return self.needs
+
+
 class FixMatchConfig(WeakToStrongConfig):
     """Settings of FixMatch."""
 
@@ -49,7 +67,7 @@ class Believed(NamedTuple):
     confidence: Tensor
 
 
-class FixMatch(SegmentationMethod[FixMatchConfig]):
+class FixMatch(WeakToStrong[FixMatchConfig]):
     """FixMatch (Sohn et al., NeurIPS 2020) for segmentation, the baseline of UniMatch (Yang et al., CVPR 2023).
 
     x_l, y_l: labelled pictures; x_u: unlabelled ones as the loader gives them (the weak view); f: the network.
@@ -65,16 +83,6 @@ class FixMatch(SegmentationMethod[FixMatchConfig]):
     """
 
     settings = FixMatchConfig
-    needs = frozenset({Stream.LABELLED, Stream.UNLABELLED})
-    optional = frozenset({Stream.SOURCE})
-
-    def smallest_batch(self) -> dict[Stream, int]:
-        """Two unlabelled pictures for a box of another one."""
-        return {Stream.UNLABELLED: 2} if self.config.cutmix else {}
-
-    def same_size(self) -> frozenset[Stream]:
-        """Labelled and unlabelled pictures pass together."""
-        return frozenset({Stream.LABELLED, Stream.UNLABELLED})
 
     def step(self, batch: Batch) -> None:
         """Learn labels, and pseudo-labels on strong views."""

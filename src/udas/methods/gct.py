@@ -90,7 +90,7 @@ class GCT(SegmentationMethod[GCTConfig]):
 
     def same_size(self) -> frozenset[Stream]:
         """Labelled and unlabelled pictures pass together."""
-        return frozenset({Stream.LABELLED, Stream.UNLABELLED})
+        return self.needs
 
     def smallest_picture(self) -> int:
         """What gives the flaw detector one score."""

@@ -8,14 +8,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from udas.data.batch import Batch, Block, Stream, together
+from udas.data.batch import Batch, Block, together
 from udas.data.mixing import channel_dropout
 from udas.data.sampling import seed_of
-from udas.methods.base import SegmentationMethod
 from udas.methods.domains import label_loss
 from udas.methods.fixmatch import (
     HALF,
     Believed,
+    WeakToStrong,
     WeakToStrongConfig,
     believe,
     learn_source,
@@ -33,7 +33,7 @@ class UniMatchConfig(WeakToStrongConfig):
     dropout: float = Field(0.5, ge=0, lt=1, description="share of the feature channels that are dropped for L_fp")
 
 
-class UniMatch(SegmentationMethod[UniMatchConfig]):
+class UniMatch(WeakToStrong[UniMatchConfig]):
     """Yang et al., "Revisiting Weak-to-Strong Consistency in Semi-Supervised Semantic Segmentation", CVPR 2023.
 
     As `FixMatch`, but of f = h o g, decoder and encoder, three streams learn the pseudo-labels y of the weak view:
@@ -48,16 +48,6 @@ class UniMatch(SegmentationMethod[UniMatchConfig]):
     """
 
     settings = UniMatchConfig
-    needs = frozenset({Stream.LABELLED, Stream.UNLABELLED})
-    optional = frozenset({Stream.SOURCE})
-
-    def smallest_batch(self) -> dict[Stream, int]:
-        """Two unlabelled pictures for a box of another one."""
-        return {Stream.UNLABELLED: 2} if self.config.cutmix else {}
-
-    def same_size(self) -> frozenset[Stream]:
-        """Labelled and unlabelled pictures pass together."""
-        return frozenset({Stream.LABELLED, Stream.UNLABELLED})
 
     def step(self, batch: Batch) -> None:
         """Learn labels, and pseudo-labels from dropped features and two strong views."""
