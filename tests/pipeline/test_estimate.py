@@ -83,6 +83,14 @@ def test_every_look_at_a_picture_counts(looking: Context, name: str, looks: floa
     assert _looks(looking, stage, pictures) == looks
 
 
+@pytest.mark.parametrize(("name", "looks"), [("painted", 6), ("labels", 12), ("both", 2)])
+def test_seconds_are_those_of_every_look(
+    looking: Context, name: str, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("udas.pipeline.estimate._per_picture", lambda *_: 10.0)
+    assert estimate(looking, name, looking.config.stages[name])[0] == 10 * looks
+
+
 def test_validations_on_the_way_take_their_time() -> None:
     assert _validations(steps=5, every=2) == 3  # after steps 2, 4 and 5
     assert _validations(steps=4, every=2) == 2

@@ -135,7 +135,7 @@ class Method(nn.Module, ABC, Generic[C]):
         return {}
 
     def same_size(self) -> frozenset[Stream]:
-        """Streams whose pictures are mixed with each other, or pass as one batch, and so need one size."""
+        """Streams of both domains whose pictures are mixed with each other, and so need one size."""
         return frozenset()
 
     def smallest_picture(self) -> int:

@@ -35,7 +35,7 @@ W = TypeVar("W", bound=WeakToStrongConfig)
 
 
 class WeakToStrong(SegmentationMethod[W]):
-    """Base of FixMatch and UniMatch: the streams they take, and what their pictures have to be."""
+    """Base of FixMatch and UniMatch: the streams they take, and how many pictures they need of them."""
 
     needs = frozenset({Stream.LABELLED, Stream.UNLABELLED})
     optional = frozenset({Stream.SOURCE})
@@ -43,10 +43,6 @@ class WeakToStrong(SegmentationMethod[W]):
     def smallest_batch(self) -> dict[Stream, int]:
         """Two unlabelled pictures for a box of another one."""
         return {Stream.UNLABELLED: 2} if self.config.cutmix else {}
-
-    def same_size(self) -> frozenset[Stream]:
-        """Labelled and unlabelled pictures pass together."""
-        return self.needs
 
 
 class FixMatchConfig(WeakToStrongConfig):

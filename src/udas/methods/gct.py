@@ -88,10 +88,6 @@ class GCT(SegmentationMethod[GCTConfig]):
             "detector": Optimised.module(self.detector, self.config.detector_optimiser),
         }
 
-    def same_size(self) -> frozenset[Stream]:
-        """Labelled and unlabelled pictures pass together."""
-        return self.needs
-
     def smallest_picture(self) -> int:
         """What gives the flaw detector one score."""
         return self.detector.smallest
