@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import os
-import re
 from contextlib import suppress
 from pathlib import Path
 
 from PIL import Image
 
 from udas.errors import RunError
+
+UNFINISHED = ".udas-"
+"""In the names of files that are being written, before the number of the process."""
 
 
 def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
@@ -24,7 +26,7 @@ def write_atomically(path: Path, content: bytes, durable: bool = True) -> None:
     Raises:
         RunError: the disk is full or not writable.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}{UNFINISHED}{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
@@ -60,7 +62,18 @@ def _make_durable(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of writers that were killed, anywhere below `folder`. Nobody may be writing there."""
-    for path in folder.rglob(".*"):
-        if re.fullmatch(r"\..+\.\d+", path.name):
+    """Delete what writers that were killed left unfinished, anywhere below `folder`; those still alive keep theirs."""
+    for path in folder.rglob(f".*{UNFINISHED}*"):
+        writer = path.name.rpartition(UNFINISHED)[2]
+        if path.is_file() and writer.isdecimal() and not _alive(int(writer)):
             path.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        return True
+    return True

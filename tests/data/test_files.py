@@ -148,3 +148,27 @@ def test_png_bytes_are_really_sixteen_bit(tmp_path: Path) -> None:
     """The writer of the tests: Pillow opens its files, and sees eight bits of the sixteen."""
     path = write_png16(tmp_path / "x.png", np.full((2, 2, 3), 0x1234))
     assert np.array(Image.open(path))[0, 0, 0] == 0x12
+
+
+def test_grey_of_sixteen_bits_is_scaled_whatever_the_format(tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 64, dtype=np.uint16).reshape(8, 8)
+    for suffix in ("png", "tif"):
+        Image.fromarray(ramp).save(tmp_path / f"ramp.{suffix}")
+    png, tif = (read_image(tmp_path / f"ramp.{suffix}").int() for suffix in ("png", "tif"))
+    assert tif.shape == (3, 8, 8)
+    assert (png - tif).abs().max() <= 1
+    assert (int(tif.min()), int(tif.max())) == (0, 255)
+
+
+def test_pixels_without_a_known_range_are_refused(tmp_path: Path) -> None:
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "float.tif")
+    with pytest.raises(DataError, match=r"float.tif: .*no range that is known"):
+        read_image(tmp_path / "float.tif")
+
+
+def test_webp_stands_upright_too(tmp_path: Path) -> None:
+    picture, exif = Image.new("RGB", (6, 4)), Image.Exif()
+    exif[0x0112] = 6
+    picture.save(tmp_path / "turned.webp", exif=exif)
+    assert read_image(tmp_path / "turned.webp").shape == (3, 6, 4)
+    assert image_size(tmp_path / "turned.webp") == (6, 4)

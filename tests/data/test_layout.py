@@ -215,3 +215,14 @@ def test_read_list_without_pictures_of_a_domain(tmp_path: Path) -> None:
     pictures = [Picture("a/1", Path("a/1.png")), Picture("1", Path("1.png"))]
     listed(tmp_path, "1\n")
     assert read_list(tmp_path / "list.txt", pictures, "x") == ["1"]
+
+
+@pytest.mark.parametrize("images", ["/elsewhere/{split}/*.png", "../images/{split}/*.png", "images/../{split}/*.png"])
+def test_pictures_lie_below_the_root(root: Path, images: str) -> None:
+    with pytest.raises(ConfigError, match=r"images: .* leads out of `root`; give a `root` above it"):
+        opened(root, images=images)
+
+
+def test_splits_lie_below_the_root(root: Path) -> None:
+    with pytest.raises(ConfigError, match=r"splits.train: '../train' leads out of `root`"):
+        opened(root, splits={"train": "../train", "val": "val"})

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tiny_run import CPU, loaded, make_world, run_file
+from tiny_run import CPU, PICTURES, loaded, make_world, run_file
 from udas.errors import ConfigError
 from udas.networks.segmenters import Segmenter
 from udas.pipeline.build import rehearse, sketch_method
@@ -43,7 +43,7 @@ MIXING = {
 
 
 @pytest.mark.parametrize("name", MIXING)
-@pytest.mark.parametrize(("batch", "world_size"), [({"unlabelled": 1}, 1), (2, 2), ({"unlabelled": 4}, 4)])
+@pytest.mark.parametrize(("batch", "world_size"), [({"unlabelled": 1}, 1), (2, 2), (4, 4)])
 def test_one_picture_per_process_cannot_be_mixed(
     context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch, name: str, batch: Any, world_size: int
 ) -> None:
@@ -61,7 +61,7 @@ def test_batches_that_the_processes_cannot_share_are_found_before_the_first_stag
     context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Runtime, "barrier", lambda _: None)
-    stage = {"method": {"name": "supervised"}, "streams": ["source", "labelled"], "training": {"batch": {"source": 6}}}
+    stage = {"method": {"name": "supervised"}, "streams": ["source", "labelled"], "training": {"batch": {"source": 6, "labelled": 4}}}
     text = r"stages.it.training.batch: 6 source pictures cannot be shared by 4 processes; choose a multiple of 4"
     with pytest.raises(ConfigError, match=text):
         rehearse(context({"it": stage}, replace(CPU, world=4)), ["it"])
@@ -133,3 +133,28 @@ def test_every_network_is_compiled_whatever_its_method_asks_it_for(
                     calls.clear()
                     ask(torch.rand(2, 3, 32, 32))
                     assert len(calls) == expected
+
+
+def test_networks_are_scored_on_a_split_that_is_there(context: Callable[..., Context]) -> None:
+    stages = {"it": {"method": {"name": "supervised"}, "streams": ["source"]}}
+    made = context(stages)
+    for split, text in (
+        ("valid", "has no split 'valid' to score on; name the one it has as data.val_split (train, val)"),
+        ("train", f"{PICTURES['road']['train']} pictures of the split 'train'"),
+    ):
+        config = made.config.model_copy(update={"data": made.config.data.model_copy(update={"val_split": split})})
+        other = replace(made, config=config)
+        with pytest.raises(ConfigError, match=f"stages.evaluate_it: .*{re.escape(text)}"):
+            rehearse(other, ["it", "evaluate_it"])
+        rehearse(other, ["it"])
+    rehearse(made, ["it", "evaluate_it"])
+
+
+def test_pseudo_labels_that_a_method_cannot_use_are_a_mistake(context: Callable[..., Context]) -> None:
+    stages = {
+        "first": {"method": {"name": "supervised"}, "streams": ["source"]},
+        "labels": {"kind": "label", "model": "first"},
+        "it": {"method": {"name": "fixmatch"}, "pseudo": "labels"},
+    }
+    with pytest.raises(ConfigError, match=r"stages.it.pseudo: method fixmatch does not learn from pseudo-labels"):
+        rehearse(context(stages), ["it"])

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from udas.config import find_yaml, preset_names, read_yaml
+from udas.data.batch import Stream
 from udas.errors import ConfigError
 from udas.pipeline.config import RunConfig, TrainStage, build_run, load_run
 from udas.pipeline.expand import Expansion
@@ -374,3 +375,30 @@ def test_the_schema_describes_every_key_of_a_run() -> None:
     json.dumps(SCHEMA)
     assert SCHEMA["properties"].keys() == RunConfig.model_fields.keys() | {"base", "network", "training"}
     assert "lambda_adv" in SCHEMA["$defs"]["UDASConfig"]["properties"]["adversarial"]["description"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "../b", "old", "cache", "", ".hidden", "two words"])
+def test_a_stage_has_a_name_that_can_be_its_folder(name: str) -> None:
+    [line] = mistakes(run({name: TEACHER | {"evaluate": False}}))
+    assert line.startswith(f"stages.{name}")
+
+
+def test_a_run_has_a_stage() -> None:
+    [line] = mistakes(run({}))
+    assert line.startswith("stages: ")
+
+
+def test_streams_that_a_stage_does_not_name_keep_the_pictures_per_step_of_the_run() -> None:
+    stages = {"teacher": TEACHER | {"training": {"batch": {"unlabelled": 4}}}}
+    training = build_run(run(stages, training={"batch": 2}), "run.yaml").stages["teacher"].training
+    assert {stream.value: training.batch_of(stream) for stream in Stream} == {
+        "source": 2,
+        "labelled": 2,
+        "unlabelled": 4,
+        "pseudo": 2,
+    }
+
+
+@pytest.mark.parametrize("batch", [0, -2, {"source": 0}])
+def test_a_step_has_pictures(batch: Any) -> None:
+    assert all("greater than 0" in line for line in mistakes(run({"teacher": TEACHER}, training={"batch": batch})))

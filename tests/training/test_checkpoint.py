@@ -149,8 +149,10 @@ def test_a_folder_that_cannot_be_made_is_an_error_of_the_user(tmp_path: Path) ->
 
 
 def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
-    kept = [tmp_path / name for name in ("a.png", ".lock", "deep/model.safetensors", "events.out.123", "deep/.hidden")]
-    left = [tmp_path / name for name in (".a.png.123", "deep/.model.safetensors.4567")]
+    kept = [tmp_path / name for name in ("a.png", ".lock", "deep/.backup.2024", ".coverage.host.42", "deep/.hidden")]
+    kept.append(tmp_path / f".b.png.udas-{os.getpid()}")  # its writer is alive
+    left = [tmp_path / name for name in (".a.png.udas-4999999", "deep/.model.safetensors.udas-4999998")]
+    (tmp_path / ".venv.udas-4999997").mkdir()
     for path in kept + left:
         path.parent.mkdir(exist_ok=True)
         path.touch()

@@ -99,7 +99,7 @@ def build_cache(pictures: PictureSet, folder: Path, progress: Progress | None = 
         return pictures
     parts = _parts(pictures)
     files = [folder / f"{part.kind}-{part.digest()}.npy" for part in parts]
-    missing = [(part, file) for part, file in zip(parts, files, strict=True) if not file.exists()]
+    missing = [(part, file) for part, file in zip(parts, files, strict=True) if not _whole(file)]
     done, total = 0, sum(len(part.indices) for part, _ in missing)
     for part, file in missing:
         for written in _write(part, file):
@@ -108,6 +108,15 @@ def build_cache(pictures: PictureSet, folder: Path, progress: Progress | None = 
         done += len(part.indices)
     pages = [Pages(file, part.names) for part, file in zip(parts, files, strict=True)]
     return replace(pictures, image_cache=pages[0], label_cache=pages[1] if len(pages) > 1 else None)
+
+
+def _whole(file: Path) -> bool:
+    """Whether an array is there as it was written; a disk or a copy can have cut it off since."""
+    try:
+        np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError):
+        return False
+    return True
 
 
 def _parts(pictures: PictureSet) -> list[_Part]:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import InterpolationMode
@@ -40,11 +40,21 @@ def read_image(path: Path) -> Tensor:
         content = path.read_bytes()
         if not content.startswith((_JPEG, _PNG)):
             with Image.open(path) as picture:
-                return torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)
+                return _upright_rgb(picture)
         data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         image = decode_image(data, ImageReadMode.RGB, apply_exif_orientation=True)
         shallow: Tensor = functional.to_dtype(image, torch.uint8, scale=True)  # 16-bit PNGs come as uint16
         return shallow
+
+
+def _upright_rgb(picture: Image.Image) -> Tensor:
+    """What Pillow opened, uint8 [3, H, W]; 16 bits are scaled to 8, as those of PNG are."""
+    if picture.mode in ("I", "F"):
+        raise ValueError(f"{picture.mode}: pixels of 32 bits have no range that is known")
+    if picture.mode.startswith("I;16"):
+        deep = np.array(picture).astype(np.float32) / 257
+        picture = Image.fromarray(deep.round().astype(np.uint8))
+    return torch.from_numpy(np.array(ImageOps.exif_transpose(picture).convert("RGB"))).permute(2, 0, 1)
 
 
 def image_size(path: Path) -> Size:
@@ -55,7 +65,7 @@ def image_size(path: Path) -> Size:
     """
     with _reading(path), Image.open(path) as picture:
         width, height = picture.size
-        turned = picture.format in ("JPEG", "PNG") and picture.getexif().get(_ORIENTATION, 1) >= 5
+        turned = picture.format in ("JPEG", "PNG", "WEBP") and picture.getexif().get(_ORIENTATION, 1) >= 5
         return (width, height) if turned else (height, width)
 
 

@@ -43,13 +43,14 @@ class Layout:
         """Check the patterns.
 
         Raises:
-            ConfigError: a field of `labels` that `images` does not have, a wildcard that cannot be filled, or splits
-                that nothing tells apart.
+            ConfigError: a field of `labels` that `images` does not have, a path that leads out of the root, a wildcard
+                that cannot be filled, or splits that nothing tells apart.
         """
         self._config = config
         self._images = config.images + "/*" if config.images.endswith("**") else config.images
         if self._images.count("**/") > 1:
             raise ConfigError(f"{config.name}.images: `**` may stand only once in {config.images!r}")
+        self._check_below_root()
         plain = [name for name, value in config.splits.items() if isinstance(value, str)]
         if len(plain) > 1 and "{split}" not in self._images:
             raise ConfigError(
@@ -57,6 +58,14 @@ class Layout:
                 "{split}; add it, or split by {file: ...} or {share: [from, to]}"
             )
         self._check_labels()
+
+    def _check_below_root(self) -> None:
+        """Results are named by pictures' paths below the root: what leads out of it would lead out of their folder."""
+        values = {f"splits.{key}": value for key, value in self._config.splits.items() if isinstance(value, str)}
+        for key, value in {"images": self._config.images, **values}.items():
+            path = PurePosixPath(value.replace("\\", "/"))
+            if path.is_absolute() or ".." in path.parts:
+                raise ConfigError(f"{self._config.name}.{key}: {value!r} leads out of `root`; give a `root` above it")
 
     def _check_labels(self) -> None:
         known = {"{split}", "{stem}", *_TOKEN.findall(self._images)} - {"*"}
@@ -159,7 +168,7 @@ def read_list(file: Path, pictures: list[Picture], where: str) -> list[str]:
 
 def _lines(file: Path) -> list[str]:
     try:
-        return [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+        return [line.strip() for line in file.read_text(encoding="utf-8-sig").split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
         raise DataError(f"{file}: {reason}; a list file has one picture per line") from None

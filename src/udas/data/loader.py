@@ -125,7 +125,10 @@ def _block(samples: Sequence[Sample]) -> Block:
     for other in samples[1:]:
         if other.image.shape != first.image.shape:
             sizes = " and ".join(f"{s.name} ({s.image.shape[2]}x{s.image.shape[1]})" for s in (first, other))
-            raise DataError(f"{first.stream} pictures {sizes} do not fit into one batch; set `crop` or `size`")
+            raise DataError(
+                f"{first.stream} pictures {sizes} do not fit into one batch; "
+                "set training.augment.crop, or `size` of the data set"
+            )
     labels = [sample.label.long() for sample in samples if sample.label is not None]
     confidences = [sample.confidence.float() / 255 for sample in samples if sample.confidence is not None]
     return Block(

@@ -28,6 +28,9 @@ from udas.taxonomy import Taxonomy
 Progress = Callable[[int, int], None]
 """Called with (pictures done, pictures in all)."""
 
+SHOWN = ("input", "truth", "prediction", "confidence")
+"""What is written of a picture, as PNG files of these names."""
+
 _THREADS = 4  # decoding releases the interpreter lock
 _PIXELS = 2**22  # of one batch: with 19 classes one map of probabilities is 320 MB
 
@@ -197,10 +200,14 @@ def _show(job: _Job, sample: Sample, prediction: Tensor, confidence: Tensor) -> 
     if job.folder is None or sample.index not in job.shown:
         return
     folder, colourise = job.folder / "pictures" / str(job.shown.index(sample.index)), job.taxonomy.colourise
-    write_picture(folder / "input.png", Image.fromarray(sample.image.permute(1, 2, 0).contiguous().numpy()))
-    write_picture(folder / "truth.png", Image.fromarray(colourise(_label(sample).numpy())))
-    write_picture(folder / "prediction.png", Image.fromarray(colourise(prediction.byte().cpu().numpy())))
-    write_picture(folder / "confidence.png", Image.fromarray((confidence * 255).round().byte().cpu().numpy()))
+    shown = (
+        sample.image.permute(1, 2, 0).contiguous().numpy(),
+        colourise(_label(sample).numpy()),
+        colourise(prediction.byte().cpu().numpy()),
+        (confidence * 255).round().byte().cpu().numpy(),
+    )
+    for name, picture in zip(SHOWN, shown, strict=True):
+        write_picture(folder / f"{name}.png", Image.fromarray(picture))
 
 
 # ------------------------------------------------------------------------------- asking a network, picture by picture

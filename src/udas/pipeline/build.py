@@ -71,11 +71,12 @@ def rehearse(context: Context, names: Iterable[str]) -> None:
     Networks have no memory here (PyTorch's meta device); pretrained weights are fetched and fitted once per network.
 
     Raises:
-        ConfigError, WeightsError: as `build_method`; also for names of classes that the label space does not have, and
-            for pictures per step that the processes cannot share, or that are fewer or smaller than a method can work
-            with, or of several sizes where it needs one.
+        ConfigError, WeightsError: as `build_method`; also for names of classes that the label space does not have, for
+            scores on a split that is not there or is trained on, and for pictures per step that the processes cannot
+            share, or that are fewer or smaller than a method can work with, or of several sizes where it needs one.
     """
-    fitted = set()
+    fitted, names = set(), list(names)
+    _check_scored(context, names)
     for name in names:
         stage = context.config.stages[name]
         _check_classes(context, name, stage)
@@ -116,6 +117,25 @@ def _check_classes(context: Context, name: str, stage: AnyStage) -> None:
             context.taxonomy.index(label)
         except ConfigError as error:
             raise ConfigError(f"stages.{name}.{given}: {error}") from error
+
+
+def _check_scored(context: Context, names: list[str]) -> None:
+    """Networks are scored on a split that is there, and of which no picture is trained on."""
+    name = next((name for name in names if context.config.stages[name].kind == "evaluate"), None)
+    if name is None:
+        return
+    data, target = context.config.data, context.target
+    if data.val_split not in data.target.splits:
+        raise ConfigError(
+            f"stages.{name}: the target has no split {data.val_split!r} to score on; name the one it has as "
+            f"data.val_split ({', '.join(sorted(data.target.splits))}), or score nothing: `evaluate: false`"
+        )
+    scored, trained = ({picture.name for picture in target.pictures(s)} for s in (data.val_split, data.train_split))
+    if both := sorted(scored & trained):
+        raise ConfigError(
+            f"stages.{name}: {len(both)} pictures of the split {data.val_split!r}, whose labels are all read to score "
+            f"networks, are in {data.train_split!r}, too, such as {both[0]}"
+        )
 
 
 def _check_batches(context: Context, name: str, stage: TrainStage, method: Method[Any]) -> None:

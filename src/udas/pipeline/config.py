@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from functools import reduce
 from operator import or_
@@ -167,7 +168,7 @@ class RunConfig(Config):
     logging: LoggingConfig = LoggingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     cache: bool = Field(False, description="decode and resize every picture once, into memory-mapped files")
-    stages: dict[str, AnyStage]
+    stages: dict[str, AnyStage] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _references(self) -> RunConfig:
@@ -188,6 +189,7 @@ REFERENCES = {
 }
 """Field of a stage that names others -> the kind they must be."""
 
+RESERVED = ("old", "cache")  # folders of a run that are no stages
 KINDS = ("train", "translate", "label", "rank", "prototypes", "evaluate")
 UNKNOWN = "unknown"  # the kind of a stage with a mistake in it; nothing is said of those that name it
 
@@ -208,10 +210,12 @@ def several(names: str | list[str]) -> list[str]:
 
 
 def reference_problems(stages: Mapping[str, Any]) -> dict[Place, str]:
-    """Stages, validated or not, that name one which is not there before them or is of another kind."""
+    """Stages, validated or not, with a name that cannot be, or that name one not there before or of another kind."""
     found: dict[Place, str] = {}
     earlier: dict[str, str] = {}
     for name, stage in stages.items():
+        if not re.fullmatch(r"\w[\w.-]*", str(name)) or name in RESERVED:
+            found["stages", name] = "cannot be a stage's folder; use letters, digits and _ - . (not `old` or `cache`)"
         for role, others in uses(stage).items():
             kind = REFERENCES[role]
             choices = [candidate for candidate in earlier if earlier[candidate] == kind]

@@ -31,7 +31,8 @@ def print_check(report: Report) -> None:
     console.print(table)
     for problem in report.problems:
         console.print(f"problem: {problem}", style="red", markup=False, highlight=False)
-    console.print("no problems" if report.ok else f"{len(report.problems)} problems", style="bold")
+    count = len(report.problems)
+    console.print(f"{count or 'no'} problem{'' if count == 1 else 's'}", style="bold")
 
 
 def _share(split: SplitReport, name: str) -> str:

@@ -94,6 +94,8 @@ class Context:
         for stream in sorted((method.needs | wanted) - (there & wanted)):
             advice = "add it to `streams`" if stream in there else ADVICE[stream]
             raise ConfigError(f"stages.{name}: no stream {stream.value!r} for method {stage.method.name}: {advice}")
+        if stage.pseudo is not None and Stream.PSEUDO not in method.needs | method.optional:
+            raise ConfigError(f"stages.{name}.pseudo: method {stage.method.name} does not learn from pseudo-labels")
         if useless := sorted(wanted - method.needs - method.optional):
             raise ConfigError(f"stages.{name}.streams: method {stage.method.name} does not use {', '.join(useless)}")
         if not wanted:

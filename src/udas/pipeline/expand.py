@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from udas.config import Config, merge
+from udas.data.batch import Stream
 from udas.data.dataset import domain_settings
 from udas.errors import ConfigError
 from udas.names import METHODS, load_method
@@ -94,7 +95,7 @@ class Expansion:
                     continue
                 segments = _makes_segmenter(new)
                 given = {key: value for key, value in defaults.items() if segments or key != "network"}
-                full[new_name] = merge(given, new) | {"kind": "train"}
+                full[new_name] = merge(_batch_per_stream(given, new), new) | {"kind": "train"}
                 if segments and new.get("evaluate", True):
                     self._add(full, f"evaluate_{new_name}", self._evaluation(new_name, new.get("title")))
         return full
@@ -153,6 +154,19 @@ class Expansion:
 
 def _below(place: Place, known: tuple[Place, ...]) -> bool:
     return any(place[: len(other)] == other for other in known)
+
+
+def _batch_per_stream(defaults: dict[str, Any], stage: dict[str, Any]) -> dict[str, Any]:
+    """Run-wide defaults for a stage that gives pictures per step by stream: streams it leaves out keep the number."""
+    number, own = (_batch(entry) for entry in (defaults, stage))
+    if not isinstance(number, int) or not isinstance(own, dict):
+        return defaults
+    return merge(defaults, {"training": {"batch": dict.fromkeys((stream.value for stream in Stream), number)}})
+
+
+def _batch(entry: dict[str, Any]) -> Any:
+    training = entry.get("training")
+    return training.get("batch") if isinstance(training, dict) else None
 
 
 def _trains(stage: Any) -> bool:

@@ -73,15 +73,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest of a stage folder, or None where there is none that can be read."""
     try:
         content: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (OSError, ValueError):
         return None
-    return content
+    return content if isinstance(content, dict) and {"fingerprint", "state"} <= content.keys() else None
 
 
 def _decide(folder: Path, fingerprint: str) -> tuple[Action, str]:
     manifest = read_manifest(folder)
     if manifest is None:
-        return (Action.RESTART, "folder without a manifest") if folder.exists() else (Action.START, "not there yet")
+        there = folder.exists()
+        return (Action.RESTART, "folder without a readable manifest") if there else (Action.START, "not there yet")
     if manifest["fingerprint"] != fingerprint:
         return Action.RESTART, "configuration, data or an earlier stage changed; the old folder is moved aside"
     if manifest["state"] == "done":
@@ -119,6 +120,15 @@ def _prints(names: str | list[str], prints: Mapping[str, str]) -> str | list[str
     return prints[names] if isinstance(names, str) else [prints[name] for name in names]
 
 
+def _weights(stage: TrainStage) -> dict[str, str | None]:
+    """Content of the local file a network starts from; packages and hubs keep what stands under a name."""
+    weights = stage.network.weights
+    if stage.start is not None or weights is None or not Path(weights).is_file():
+        return {}
+    with Path(weights).open("rb") as file:
+        return {"weights": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
 def _data(context: Context, name: str, stage: AnyStage) -> dict[str, str | None]:
     """Fingerprints of the pictures and labels that a stage reads."""
     if isinstance(stage, TrainStage):
@@ -128,7 +138,7 @@ def _data(context: Context, name: str, stage: AnyStage) -> dict[str, str | None]
             Stream.UNLABELLED: lambda: context.unlabelled.fingerprint(),
             Stream.PSEUDO: lambda: context.with_real_labels(name, stage, context.unlabelled).fingerprint(),
         }
-        return {stream: makers[stream]() for stream in sorted(context.streams(name, stage))}
+        return {stream: makers[stream]() for stream in sorted(context.streams(name, stage))} | _weights(stage)
     if isinstance(stage, TranslateStage):
         partners = {} if stage.fourier is None else {"unlabelled": context.unlabelled.fingerprint()}
         return {"source": context.source_pictures.fingerprint(), **partners}

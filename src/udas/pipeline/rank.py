@@ -102,7 +102,7 @@ def restricted(pictures: PictureSet, folder: Path, part: Part) -> PictureSet:
     """
     path = folder / f"{part}.txt"
     try:
-        names = set(path.read_text(encoding="utf-8").splitlines())
+        names = set(path.read_text(encoding="utf-8").split("\n"))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror})") from error
     chosen = tuple(picture for picture in pictures.pictures if picture.name in names)

@@ -109,11 +109,17 @@ def _evaluation(run: Run, stage: Stage) -> dict[str, Any]:
 
 
 def show_plan(config: RunConfig, folder: Path, runtime: Runtime, console: Console) -> None:
-    """Print what `run` would do, why, and what it would cost; change nothing."""
+    """Print what `run` would do, why, and what it would cost; change nothing in the folder.
+
+    Raises:
+        UdasError: what `run` would find wrong before its first stage.
+    """
     context = Context(config.model_copy(update={"cache": False}), folder, runtime)
     table = Table("stage", "action", "why", "time", "disk", title=f"plan of {config.name} in {folder}")
     total_time, total_disk = 0.0, 0.0
-    for item in plan(context):
+    planned = plan(context)
+    rehearse(context, [item.name for item in planned if item.action != Action.REUSE])
+    for item in planned:
         seconds, size = (0.0, 0.0) if item.action == Action.REUSE else estimate(context, item.name, item.stage)
         total_time, total_disk = total_time + seconds, total_disk + size
         table.add_row(item.name, item.action, item.why, _duration(seconds), _size(size))
@@ -157,9 +163,9 @@ def _carry_out(context: Context, item: Planned) -> None:
     runtime.barrier()
     try:
         RUNNERS[item.stage.kind](context, item.name, item.stage, folder)
-    except BaseException:
+    except BaseException as error:
         with suppress(RunError):  # a full disk must not hide what went wrong first
-            note("failed")
+            note("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
         raise
     runtime.barrier()
     note("done")

@@ -12,7 +12,7 @@ from udas.config import DomainConfig
 from udas.data.dataset import Domain, PictureSet, domain_settings
 from udas.data.streets import as_rendered
 from udas.errors import RunError
-from udas.evaluation.evaluate import evaluate
+from udas.evaluation.evaluate import SHOWN, evaluate
 from udas.evaluation.protocols import ProtocolConfig
 from udas.evaluation.table import table
 from udas.networks.segmenters import Segmenter
@@ -49,6 +49,7 @@ def evaluate_model(model: Path, data: str, root: str | None, split: str, protoco
     segmenter, taxonomy, runtime = _load(model)
     settings = validate(ProtocolConfig, {"preset": protocol}, "protocol")
     pictures = open_domain(data, root, taxonomy).labelled(split, "all")
+    _clear(out)
     with Bar("evaluate", len(pictures), unit="pictures") as bar:
         result = evaluate(
             placed(segmenter, runtime), pictures, taxonomy, settings, runtime.device, out, split, progress=bar
@@ -56,6 +57,17 @@ def evaluate_model(model: Path, data: str, root: str | None, split: str, protoco
     console = Console()
     console.print(table([(model.parent.name, result.summary())]), markup=False, highlight=False)
     console.print(f"confusion matrix and pictures: {out / 'evaluation.json'}", soft_wrap=True, highlight=False)
+
+
+def _clear(out: Path) -> None:
+    """Remove the pictures of an earlier evaluation in `out`, as many as it says it wrote, and nothing else."""
+    try:
+        shown = json.loads((out / "evaluation.json").read_text(encoding="utf-8"))["shown"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    for number in range(len(shown)):
+        for name in SHOWN:
+            (out / "pictures" / str(number) / f"{name}.png").unlink(missing_ok=True)
 
 
 def label_pictures(model: Path, data: str, root: str | None, split: str, rule: LabelConfig, out: Path) -> None:

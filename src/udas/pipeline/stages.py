@@ -10,7 +10,6 @@ from torch import nn
 
 from udas.data.batch import Stream
 from udas.data.dataset import PictureSet
-from udas.errors import ConfigError
 from udas.evaluation.evaluate import evaluate
 from udas.evaluation.protocols import ProtocolConfig
 from udas.networks.generators import load_translator
@@ -129,8 +128,7 @@ def run_prototypes(context: Context, name: str, stage: PrototypesStage, folder: 
 def run_evaluate(context: Context, name: str, stage: EvaluateStage, folder: Path) -> None:
     """Score the last checkpoint of a train stage, or those of several as one."""
     runtime, pictures = context.runtime, context.validation
-    if pictures is None:
-        raise ConfigError(f"stages.{name}: the target has no split {context.config.data.val_split!r} to score on")
+    assert pictures is not None  # as rehearsed
     model = load_averaged(context, stage.model, stage.average)
     with Bar(f"evaluate {stage.title or name}", len(pictures), unit="pictures", visible=runtime.main) as bar:
         scores = _score(context, model, stage.protocol, folder, bar)

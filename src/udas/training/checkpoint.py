@@ -46,6 +46,8 @@ def load_checkpoint(path: Path, method: Method[Any], engine: TrainingEngine) -> 
         RunError: when the file is broken, of another format version, another label space or another network.
     """
     tensors, meta = _read(path)
+    if not {"format", "classes", "progress", "optimiser"} <= meta.keys():
+        raise RunError(f"{path}: not a checkpoint of udas; delete it to start again")
     if meta["format"] != FORMAT:
         raise RunError(f"{path}: checkpoint format {meta['format']}, this version reads {FORMAT}")
     if tuple(meta["classes"]) != method.task.taxonomy.classes:

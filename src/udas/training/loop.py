@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, PositiveInt
 from timm.layers import convert_sync_batchnorm
 from torch import nn
 
@@ -38,7 +38,9 @@ class TrainingConfig(Config):
     """How long and on what a stage trains."""
 
     steps: int = Field(1500, gt=0, description="optimiser steps")
-    batch: int | dict[Stream, int] = Field(8, description="pictures per stream and step, over all processes")
+    batch: PositiveInt | dict[Stream, PositiveInt] = Field(
+        8, description="pictures per stream and step, over all processes"
+    )
     augment: AugmentConfig = AugmentConfig()
 
     def batch_of(self, stream: Stream) -> int:
@@ -52,7 +54,7 @@ class LoggingConfig(Config):
     every: int = Field(20, gt=0, description="steps between lines of losses")
     evaluate_every: int = Field(0, ge=0, description="steps between validations for the curve; 0 = only at the end")
     checkpoint_every: int = Field(200, gt=0, description="steps between checkpoints")
-    preview_every: int = Field(0, ge=0, description="steps between preview pictures; 0 = never")
+    preview_every: int = Field(0, ge=0, description="steps between preview pictures of a translator; 0 = never")
 
 
 def _placed(method: Method[Any], runtime: Runtime) -> Method[Any]:
