@@ -191,3 +191,13 @@ def test_an_empty_set_needs_no_cache(folder):
     empty = PictureSet("toy", (), 4)
     assert build_cache(empty, folder) == empty
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("size", [0, 60, 1000])
+def test_an_array_that_was_cut_off_is_written_again(pictures, folder, size):
+    build_cache(pictures, folder)
+    for array in folder.glob("*.npy"):
+        array.write_bytes(array.read_bytes()[:size])
+    cached = build_cache(pictures, folder)
+    assert torch.equal(cached.image(4), pictures.image(4))
+    assert torch.equal(cached.label(3), pictures.label(3))

@@ -216,3 +216,8 @@ def test_mistakes_are_readable(raw, message):
     with pytest.raises(ConfigError) as error:
         validate(Holder, {"protocol": raw}, "run.yaml")
     assert message in str(error.value)
+
+
+def test_outputs_that_are_not_finite_are_refused():
+    with pytest.raises(RunError, match="output is not finite"):
+        probabilities(lambda image: image / 0 - image / 0, picture(), PROTOCOLS["whole"])

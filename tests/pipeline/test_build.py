@@ -61,7 +61,11 @@ def test_batches_that_the_processes_cannot_share_are_found_before_the_first_stag
     context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Runtime, "barrier", lambda _: None)
-    stage = {"method": {"name": "supervised"}, "streams": ["source", "labelled"], "training": {"batch": {"source": 6, "labelled": 4}}}
+    stage = {
+        "method": {"name": "supervised"},
+        "streams": ["source", "labelled"],
+        "training": {"batch": {"source": 6, "labelled": 4}},
+    }
     text = r"stages.it.training.batch: 6 source pictures cannot be shared by 4 processes; choose a multiple of 4"
     with pytest.raises(ConfigError, match=text):
         rehearse(context({"it": stage}, replace(CPU, world=4)), ["it"])

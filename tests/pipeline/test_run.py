@@ -333,3 +333,42 @@ def test_mistakes_in_rounds_are_named(world: Path) -> None:
 def test_a_stage_can_only_build_on_an_earlier_one_of_the_right_kind(world: Path) -> None:
     with pytest.raises(ConfigError, match=r"stages.student.model: 'frist' is not an earlier train stage"):
         expanded(world, model="frist")
+
+
+def test_a_stage_stopped_by_the_keyboard_is_said_to_be_stopped(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(context: Context, name: str, stage: Any, folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    replace_runners(monkeypatch, train=train)
+    config = configured(world, tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run(config, tmp_path, CPU, QUIET)
+    assert manifest(tmp_path, "first")["state"] == "stopped"
+    assert actions(config, tmp_path)["first"] == "resume"
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x00", b"{}", b"[]", b"{"])
+def test_a_manifest_that_cannot_be_read_costs_its_stage_alone(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
+) -> None:
+    replace_runners(monkeypatch)
+    config = configured(world, tmp_path)
+    run(config, tmp_path, CPU, QUIET)
+    (tmp_path / "first" / "manifest.json").write_bytes(content)
+    assert actions(config, tmp_path) == {"first": "restart", "evaluate_first": "reuse", "labels": "reuse"}
+
+
+def test_other_content_of_a_weights_file_restarts_what_starts_from_it(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace_runners(monkeypatch)
+    monkeypatch.setattr(pipeline, "rehearse", lambda *_: None)  # the file need not fit
+    weights = tmp_path / "encoder.safetensors"
+    weights.write_bytes(b"one")
+    config = configured(world, tmp_path, f"network.weights={weights}")
+    run(config, tmp_path / "run", CPU, QUIET)
+    assert set(actions(config, tmp_path / "run").values()) == {"reuse"}
+    weights.write_bytes(b"two")
+    assert actions(config, tmp_path / "run")["first"] == "restart"

@@ -179,7 +179,7 @@ def probabilities(
         [B, C, *size] float32.
 
     Raises:
-        RunError: when the protocol fuses more outputs than the network has.
+        RunError: when the protocol fuses more outputs than the network has, or these are not finite.
     """
     views = [(scale, flip) for scale in protocol.scales for flip in ((False, True) if protocol.flips else (False,))]
     size = size or (image.shape[-2], image.shape[-1])
@@ -190,6 +190,8 @@ def probabilities(
         share = _enlarge(logits, protocol, size, excluded)
         total = share if total is None else total + share
     assert total is not None
+    if not total.isfinite().all():
+        raise RunError("the network's output is not finite; check its weights, or use fp32")
     return total / len(views) if len(views) > 1 else total
 
 

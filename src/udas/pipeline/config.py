@@ -168,7 +168,7 @@ class RunConfig(Config):
     logging: LoggingConfig = LoggingConfig()
     runtime: RuntimeConfig = RuntimeConfig()
     cache: bool = Field(False, description="decode and resize every picture once, into memory-mapped files")
-    stages: dict[str, AnyStage] = Field(min_length=1)
+    stages: dict[str, AnyStage]
 
     @model_validator(mode="after")
     def _references(self) -> RunConfig:
@@ -211,7 +211,7 @@ def several(names: str | list[str]) -> list[str]:
 
 def reference_problems(stages: Mapping[str, Any]) -> dict[Place, str]:
     """Stages, validated or not, with a name that cannot be, or that name one not there before or of another kind."""
-    found: dict[Place, str] = {}
+    found: dict[Place, str] = {} if stages else {("stages",): "empty; a run has one at least"}
     earlier: dict[str, str] = {}
     for name, stage in stages.items():
         if not re.fullmatch(r"\w[\w.-]*", str(name)) or name in RESERVED:
