@@ -514,3 +514,29 @@ def test_check_is_in_the_label_space_of_the_data(world: Path, capsys: pytest.Cap
     with pytest.raises(SystemExit):
         udas("check", "camvid", "--root", str(world))
     assert capsys.readouterr().err.startswith("error: camvid: no picture")  # nothing about rules to other label spaces
+
+
+def test_check_reads_all_labels_of_the_splits_that_are_scored(world: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = yaml.safe_load(Path(data_file(world)).read_text())
+    content["splits"] = {"train": "train", "valid": "val"}
+    content["labelled"] = {"count": 4}
+    Path("renamed.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(SystemExit, match="1"):
+        udas("check", "renamed.yaml")
+    assert "4 labelled pictures asked for, 2 exist" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="0"):
+        udas("check", "renamed.yaml", "--scored", "valid")
+    assert "no problems" in capsys.readouterr().out
+
+
+def test_an_evaluation_shows_no_pictures_of_an_earlier_one(world: Path) -> None:
+    old, own = Path("again/pictures/4/truth.png"), Path("again/pictures/mine.png")
+    old.parent.mkdir(parents=True)
+    old.touch()
+    own.touch()
+    Path("again/evaluation.json").write_text('{"shown": ["a", "b", "c", "d", "e"]}')
+    with pytest.raises(SystemExit, match="0"):
+        udas("evaluate", trained(), data_file(world), "--out", "again")
+    assert not old.exists()
+    assert own.exists()
+    assert Path("again/pictures/1/truth.png").exists()

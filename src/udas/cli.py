@@ -62,11 +62,14 @@ def check(
     taxonomy: Labels = None,
     root: Root = None,
     split: Annotated[list[str] | None, typer.Option(help="Splits to read; all if not given.")] = None,
+    scored: Annotated[
+        list[str], typer.Option(help="Splits that networks are scored on, of which all labels are read.")
+    ] = ["val", "test"],  # noqa: B006  (typer copies it)
 ) -> None:
     """Read a data set once: class histograms, unmapped values, sizes, unreadable files, overlap of splits.
 
-    Only labels that the data set grants (`labelled`) and those of val and test splits are opened. Exit code 1 when
-    there is a problem.
+    Only labels that the data set grants (`labelled`) and those of scored splits are opened. Exit code 1 when there is
+    a problem.
     """
     from udas.data.check import check_domain
     from udas.pipeline.console import print_check
@@ -75,7 +78,7 @@ def check(
     domain = _domain(data, root, taxonomy)
     splits = split or list(domain.config.splits)
     with Bar(f"check {domain.config.name}", 1, unit="pictures") as bar:
-        report = check_domain(domain, splits, bar, grants={name: "all" for name in splits if name in ("val", "test")})
+        report = check_domain(domain, splits, bar, grants={name: "all" for name in splits if name in scored})
     print_check(report)
     raise typer.Exit(0 if report.ok else 1)
 
