@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,14 @@ def _weights(stage: TrainStage) -> dict[str, str | None]:
     weights = stage.network.weights
     if stage.start is not None or weights is None or not Path(weights).is_file():
         return {}
-    with Path(weights).open("rb") as file:
-        return {"weights": hashlib.file_digest(file, "sha256").hexdigest()}
+    return {"weights": _digest(weights, Path(weights).stat().st_mtime_ns)}
+
+
+@cache
+def _digest(path: str, changed: int) -> str:
+    """Of a file's content; `changed` is its time, for a file that many stages name to be read once."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _data(context: Context, name: str, stage: AnyStage) -> dict[str, str | None]:
