@@ -226,3 +226,10 @@ def test_pictures_lie_below_the_root(root: Path, images: str) -> None:
 def test_splits_lie_below_the_root(root: Path) -> None:
     with pytest.raises(ConfigError, match=r"splits.train: '../train' leads out of `root`"):
         opened(root, splits={"train": "../train", "val": "val"})
+
+
+def test_names_may_hold_what_only_some_take_for_the_end_of_a_line(tmp_path: Path) -> None:
+    names = ["a/one\u2028two", "a/one\x85two", "a/three"]
+    listed(tmp_path, "\r\n".join(names))
+    pictures = [Picture(name, Path(f"{name}.png")) for name in names]
+    assert read_list(tmp_path / "list.txt", pictures, "x") == sorted(names)

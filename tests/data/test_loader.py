@@ -224,9 +224,8 @@ def test_pictures_of_several_sizes_need_a_crop(tmp_path, workers):
     mixed = replace(small, pictures=(*small.pictures, replace(large.pictures[0], name="big")), labels={})
     still = AugmentConfig(crop=None)
     sizes = r"(p0 \(20x16\) and big \(13x12\)|big \(13x12\) and p0 \(20x16\))"
-    with pytest.raises(
-        DataError, match=f"source pictures {sizes} do not fit into one batch; set training.augment.crop"
-    ):
+    text = f"source pictures {sizes} do not fit into one batch; set training.augment.crop, or `size` of the data set"
+    with pytest.raises(DataError, match=text):
         list(make_loader({SOURCE: mixed}, {SOURCE: 2}, still, 0, 0, 1, workers=workers))
     assert len(list(make_loader({SOURCE: mixed}, {SOURCE: 2}, AUGMENT, 0, 0, 1, workers=workers))) == 1
 

@@ -157,3 +157,10 @@ def test_two_processes_rank_as_one(pictures: PictureSet, tmp_path: Path, monkeyp
 def test_an_unknown_class_is_refused(pictures: PictureSet, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="town has no class 'skye'; did you mean 'sky'"):
         ranked(pictures, tmp_path, rare=["skye"])
+
+
+def test_names_may_hold_what_only_some_take_for_the_end_of_a_line(tmp_path: Path) -> None:
+    names = ["one\u2028two", "three\x85four"]
+    (tmp_path / "easy.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+    pictures = PictureSet("road", tuple(Picture(name, tmp_path / f"{name}.png") for name in [*names, "five"]), 4)
+    assert [picture.name for picture in restricted(pictures, tmp_path, "easy").pictures] == names

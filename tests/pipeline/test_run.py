@@ -372,3 +372,9 @@ def test_other_content_of_a_weights_file_restarts_what_starts_from_it(
     assert set(actions(config, tmp_path / "run").values()) == {"reuse"}
     weights.write_bytes(b"two")
     assert actions(config, tmp_path / "run")["first"] == "restart"
+
+
+def test_a_plan_says_what_the_run_would_find_wrong(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"stages.evaluate_first: the target has no split 'valid' to score on"):
+        show_plan(configured(world, tmp_path, "data.val_split=valid"), tmp_path / "run", CPU, QUIET)
+    assert not (tmp_path / "run").exists()

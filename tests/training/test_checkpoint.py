@@ -159,3 +159,11 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path
     remove_leftovers(tmp_path)
     assert all(path.exists() for path in kept)
     assert not any(path.exists() for path in left)
+
+
+@pytest.mark.parametrize("meta", ["{}", "[]", '{"format": 1, "classes": []}'])
+def test_a_description_that_lacks_something_is_no_checkpoint(tmp_path: Path, meta: str) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "last", {"udas": meta})
+    method = toy()
+    with pytest.raises(RunError, match="last: not a checkpoint of udas, or a broken one"):
+        load_checkpoint(tmp_path / "last", method, engine(method))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,6 @@ def load_checkpoint(path: Path, method: Method[Any], engine: TrainingEngine) -> 
         RunError: when the file is broken, of another format version, another label space or another network.
     """
     tensors, meta = _read(path)
-    if not {"format", "classes", "progress", "optimiser"} <= meta.keys():
-        raise RunError(f"{path}: not a checkpoint of udas; delete it to start again")
     if meta["format"] != FORMAT:
         raise RunError(f"{path}: checkpoint format {meta['format']}, this version reads {FORMAT}")
     if tuple(meta["classes"]) != method.task.taxonomy.classes:
@@ -66,7 +65,9 @@ def load_checkpoint(path: Path, method: Method[Any], engine: TrainingEngine) -> 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(file.metadata()["udas"])  # noqa: SIM118
+            meta = json.loads(file.metadata()["udas"])
+            itemgetter("format", "classes", "progress", "optimiser")(meta)
+            return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"{path}: not a checkpoint of udas, or a broken one ({error}); delete it to start again"
