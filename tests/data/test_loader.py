@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import pickle
+import signal
 from dataclasses import fields, replace
 
 import numpy as np
@@ -183,6 +186,15 @@ def test_what_goes_to_a_spawned_worker_gives_the_same(streams, whole):
     loader = make_loader(streams, BATCH, AUGMENT, 11, 0, 6)
     travelled = pickle.loads(pickle.dumps(loader.dataset))
     assert all_same([travelled[keys] for keys in loader.sampler], whole)
+
+
+def test_workers_leave_ctrl_c_to_the_training_process(streams, whole):
+    """It reaches them, too; the step they work for is still to be finished and saved."""
+    arriving = iter(make_loader(streams, BATCH, AUGMENT, 11, 0, 6, workers=2))
+    seen = [next(arriving)]
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGINT)
+    assert all_same(seen + list(arriving), whole)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -200,11 +200,13 @@ def test_a_failing_stage_stops_the_run_and_costs_no_finished_work(
     with pytest.raises(DataError, match=r"val/3\.png"):
         run(config, tmp_path, CPU, QUIET)
     assert done == ["first", "evaluate_first"]
-    assert manifest(tmp_path, "evaluate_first")["state"] == "failed"
+    noted = manifest(tmp_path, "evaluate_first")
+    assert (noted["state"], noted["error"]) == ("failed", "val/3.png: cannot be read")
     assert actions(config, tmp_path) == {"first": "reuse", "evaluate_first": "resume", "labels": "start"}
     broken.append(False)
     run(config, tmp_path, CPU, QUIET)
     assert done == ["first", "evaluate_first", "evaluate_first"]
+    assert "error" not in manifest(tmp_path, "evaluate_first")
     assert set(actions(config, tmp_path).values()) == {"reuse"}
 
 

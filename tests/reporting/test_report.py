@@ -232,10 +232,11 @@ def test_a_run_of_one_stage(tmp_path: Path, kind: str) -> None:
 def test_unfinished_stages_are_shown_as_such(tmp_path: Path) -> None:
     run = tmp_path / "run"
     add_train(run, "teacher", 0.5, state="running", seconds=None)
-    manifest(run / "label_1", "label", state="failed", seconds=None)
+    manifest(run / "label_1", "label", state="failed", seconds=None, error="a/<b>.png: cannot be read")
     (run / "run.yaml").write_text("name: one\n")
     page = report(tmp_path, run)
-    assert [row[1][2] for row in rows(page, "stages")[1:]] == ["failed", "running"]
+    shown = [row[1][2] for row in rows(page, "stages")[1:]]
+    assert shown == ["faileda/<b>.png: cannot be read", "running"]
     assert 'class="badge failed"' in page
     assert "could not show" not in page
 

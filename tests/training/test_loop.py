@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +161,57 @@ def test_a_broken_picture_stops_with_its_name_and_keeps_the_checkpoint(tmp_path:
     with pytest.raises(DataError, match=broken.image.name):
         training(tmp_path / "run", toy()).run(streams)
     assert state_of(tmp_path / "run" / LAST)[1] == 2
+
+
+class Interrupted(Toy):
+    """Gets `signals` in the middle of its third step, and so do its loading processes."""
+
+    signals: tuple[int, ...] = ()  # their numbers
+
+    def step(self, batch: Batch) -> None:
+        if self.engine.step == 2:
+            group = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
+            for number in self.signals:  # from another process, as loading processes bear those of their parent
+                subprocess.run(["kill", f"-{number}", *map(str, group)], check=True)
+                time.sleep(0.1)
+        super().step(batch)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_first_signal_ends_the_step_and_saves(tmp_path: Path, number: int, workers: int) -> None:
+    streams, before = pictures(tmp_path / "pictures"), signal.getsignal(number)
+    torch.manual_seed(0)
+    method = Interrupted()
+    method.signals = (int(number),)
+    training(tmp_path / "whole", whole := toy()).run(streams)
+    interrupted = training(tmp_path / "parts", method, checkpoint_every=100)
+    interrupted.runtime = replace(CPU, workers=workers)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run(streams)
+    assert signal.getsignal(number) == before
+    assert state_of(tmp_path / "parts" / LAST)[1] == 3
+    training(tmp_path / "parts", resumed := toy()).run(streams)
+    assert same_tensors(weights(resumed), weights(whole))
+
+
+def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
+    method = Interrupted()
+    method.signals = (int(signal.SIGTERM), int(signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        training(tmp_path, method, checkpoint_every=100).run(pictures(tmp_path / "pictures"))
+    assert not (tmp_path / LAST).exists()
+
+
+def test_signals_that_are_ignored_stay_ignored(tmp_path: Path) -> None:
+    method = Interrupted()
+    method.signals = (int(signal.SIGINT),)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        training(tmp_path, method).run(pictures(tmp_path / "pictures"))
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert state_of(tmp_path / LAST)[1] == 6
 
 
 def test_batches_are_given_for_all_streams_or_by_stream() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -106,8 +107,14 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin,
+        worker_init_fn=_outlive_ctrl_c,
         generator=torch.Generator().manual_seed(seed_of(seed, "loader")),  # else it draws from the global one
     )
+
+
+def _outlive_ctrl_c(worker: int) -> None:
+    """A Ctrl-C reaches all processes; workers leave it to the training process, with which they end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from udas import __version__
 from udas.data.batch import Stream
-from udas.errors import RunError
+from udas.errors import RunError, UdasError
 from udas.evaluation.table import save_tables
 from udas.pipeline import stages
 from udas.pipeline.build import rehearse
@@ -151,9 +151,9 @@ def _carry_out(context: Context, item: Planned) -> None:
     before = (read_manifest(folder) or {}).get("seconds", 0.0) if item.action == Action.RESUME else 0.0
     began = time.monotonic()
 
-    def note(state: str) -> None:
+    def note(state: str, **more: str) -> None:
         if runtime.main:
-            manifest.update(state=state, seconds=round(before + time.monotonic() - began, 1))
+            manifest.update(more, state=state, seconds=round(before + time.monotonic() - began, 1))
             write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2).encode())
 
     note("running")
@@ -163,9 +163,13 @@ def _carry_out(context: Context, item: Planned) -> None:
     runtime.barrier()
     try:
         RUNNERS[item.stage.kind](context, item.name, item.stage, folder)
+    except KeyboardInterrupt:
+        with suppress(RunError):
+            note("stopped")
+        raise
     except BaseException as error:
         with suppress(RunError):  # a full disk must not hide what went wrong first
-            note("stopped" if isinstance(error, KeyboardInterrupt) else "failed")
+            note("failed", error=str(error) if isinstance(error, UdasError) else repr(error))
         raise
     runtime.barrier()
     note("done")

@@ -36,11 +36,12 @@ class _Record(BaseModel):
 
 
 class Manifest(_Record):
-    """manifest.json of a stage; `seconds` is its wall-clock time."""
+    """manifest.json of a stage; `seconds` is its wall-clock time, `error` what a failed one stopped with."""
 
     stage: str
     kind: str
     state: str
+    error: str | None = None
     title: str | None = None
     fingerprint: str | None = None
     uses: dict[str, Any] = {}

@@ -27,6 +27,7 @@ from udas.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from udas.training.engine import TrainingEngine
 from udas.training.log import Bar, TrainingLog
 from udas.training.runtime import Runtime
+from udas.training.stop import StopWish
 
 LAST, BEST = "last.safetensors", "best.safetensors"
 
@@ -89,9 +90,10 @@ class Training:
         self.recent: deque[tuple[int, dict[str, tuple[str, ...]]]] = deque(maxlen=logging.every)
 
     def run(self, streams: Mapping[Stream, PictureSet], title: str = "train") -> None:
-        """Train to the last step on `streams`.
+        """Train to the last step on `streams`. Ctrl-C or SIGTERM ends it after its step, with a checkpoint.
 
         Raises:
+            KeyboardInterrupt: after such a stop. Of several processes each stops at once, and no checkpoint is made.
             RunError: when a loss is not finite (the state is saved for inspection), or a checkpoint cannot be used.
             DataError: when a picture or label cannot be read.
         """
@@ -115,11 +117,14 @@ class Training:
         )
         self.method.train()
         began, earlier = time.monotonic(), self.progress.seconds
-        with closing(log) if log else nullcontext(), Bar(title, steps, start, visible=self.runtime.main) as bar:
-            for step, batch in enumerate(loader, start):
+        bar = Bar(title, steps, start, visible=self.runtime.main)
+        with closing(log) if log else nullcontext(), bar, StopWish(active=self.runtime.world == 1) as stop:
+            for step, batch in enumerate(stop.until(loader), start):
                 batch = self._step(step, batch)
                 self.progress = replace(self.progress, step=step + 1, seconds=earlier + time.monotonic() - began)
                 self._tell(log, bar, batch, (step + 1 - start) / (time.monotonic() - began))
+            if stop.wanted:
+                self._stop()
 
     def _step(self, step: int, batch: Batch) -> Batch:
         self.recent.append((step, batch.names()))
@@ -174,6 +179,11 @@ class Training:
             pictures = self.method.preview(batch)
         self.method.train()
         return pictures
+
+    def _stop(self) -> None:
+        self._stop_if_not_finite()
+        self._save()
+        raise KeyboardInterrupt
 
     def _save(self) -> None:
         if self.runtime.main:
