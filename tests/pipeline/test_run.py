@@ -96,6 +96,36 @@ def test_what_a_change_makes_again(
     assert list(actions(configured(world, tmp_path, override), finished).values()) == expected
 
 
+@pytest.mark.parametrize(
+    ("overrides", "why"),
+    [
+        (["training.steps=3"], {"first": "training.steps 2 -> 3", "labels": "model is made again"}),
+        (["seed=1"], {"first": "seed 0 -> 1"}),
+        (["stages.labels.rule.views=2"], {"labels": "rule.views 1 -> 2"}),
+        (["data.source.size=[40, 40]"], {"first": "other data: source"}),
+        (
+            ["training.steps=3", "training.batch=3", "network.encoder=resnet34", "seed=1"],
+            {"first": 'seed 0 -> 1, network.encoder "test_resnet" -> "resnet34", 2 more'},
+        ),
+    ],
+)
+def test_a_plan_says_what_is_other(
+    world: Path, finished: Path, tmp_path: Path, overrides: list[str], why: dict[str, str]
+) -> None:
+    planned = {item.name: item.why for item in plan(Context(configured(world, tmp_path, *overrides), finished, CPU))}
+    assert {name: planned[name] for name in why} == {
+        name: f"{text}; the old folder is moved aside" for name, text in why.items()
+    }
+
+
+def test_a_folder_that_does_not_say_what_it_was_made_from(world: Path, finished: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    shutil.copytree(finished, folder)
+    (folder / "first" / "made_from.json").unlink()
+    first = plan(Context(configured(world, tmp_path, "training.steps=3"), folder, CPU))[0]
+    assert first.why == "configuration, data or an earlier stage changed; the old folder is moved aside"
+
+
 def test_settings_that_came_later_leave_old_fingerprints_alone() -> None:
     """What a run's stages were told when format 1 was new; a change here makes everybody's finished work again."""
     golden = Path(__file__).parents[1] / "golden"
@@ -123,7 +153,7 @@ def test_a_plan_tells_and_writes_nothing(world: Path, finished: Path, tmp_path: 
     assert files(finished) | files(world) | files(tmp_path) == before
     text = out.getvalue()
     assert re.search(r"first +│ reuse +│ finished +│", text)
-    assert "configuration, data or an earlier stage changed; the old folder is moved aside" in text
+    assert "rule.views 1 -> 2; the old folder is moved aside" in text
     assert "not there yet" in text
 
 

@@ -14,6 +14,7 @@ from typing import Any
 from udas.data.batch import Stream
 from udas.pipeline.config import AnyStage, LabelStage, PrototypesStage, RankStage, TrainStage, TranslateStage, uses
 from udas.pipeline.context import Context
+from udas.pipeline.difference import difference
 
 FORMAT = 1
 """Raised when the same configuration would give another result: older stage folders are then made again."""
@@ -49,9 +50,14 @@ class Planned:
 
     name: str
     stage: AnyStage
-    fingerprint: str
+    made_from: dict[str, Any]
     action: Action
     why: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all that the stage's result depends on."""
+        return _hash(self.made_from)
 
 
 def plan(context: Context) -> list[Planned]:
@@ -64,9 +70,10 @@ def plan(context: Context) -> list[Planned]:
     prints: dict[str, str] = {}
     planned = []
     for name, stage in context.config.stages.items():
-        prints[name] = _fingerprint(context, name, stage, prints)
-        action, why = _decide(context.folder / name, prints[name])
-        planned.append(Planned(name, stage, prints[name], action, why))
+        made_from = _made_from(context, name, stage, prints)
+        prints[name] = _hash(made_from)
+        action, why = _decide(context.folder / name, made_from)
+        planned.append(Planned(name, stage, made_from, action, why))
     return planned
 
 
@@ -79,20 +86,21 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return content if isinstance(content, dict) and {"fingerprint", "state"} <= content.keys() else None
 
 
-def _decide(folder: Path, fingerprint: str) -> tuple[Action, str]:
+def _decide(folder: Path, made_from: Mapping[str, Any]) -> tuple[Action, str]:
     manifest = read_manifest(folder)
     if manifest is None:
         there = folder.exists()
         return (Action.RESTART, "folder without a readable manifest") if there else (Action.START, "not there yet")
-    if manifest["fingerprint"] != fingerprint:
-        return Action.RESTART, "configuration, data or an earlier stage changed; the old folder is moved aside"
+    if manifest["fingerprint"] != _hash(made_from):
+        return Action.RESTART, f"{difference(folder, made_from)}; the old folder is moved aside"
     if manifest["state"] == "done":
         return Action.REUSE, "finished"
     return Action.RESUME, f"unfinished ({manifest['state']})"
 
 
-def _fingerprint(context: Context, name: str, stage: AnyStage, prints: Mapping[str, str]) -> str:
-    content = {
+def _made_from(context: Context, name: str, stage: AnyStage, prints: Mapping[str, str]) -> dict[str, Any]:
+    """All that the result of a stage depends on."""
+    return {
         "format": FORMAT,
         "seed": context.config.seed,
         "classes": context.taxonomy.classes,
@@ -100,7 +108,10 @@ def _fingerprint(context: Context, name: str, stage: AnyStage, prints: Mapping[s
         "uses": {role: _prints(names, prints) for role, names in uses(stage).items()},
         "data": _data(context, name, stage),
     }
-    return hashlib.blake2b(json.dumps(content, sort_keys=True).encode(), digest_size=12).hexdigest()
+
+
+def _hash(made_from: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(made_from, sort_keys=True).encode(), digest_size=12).hexdigest()
 
 
 def settings(stage: AnyStage) -> dict[str, Any]:

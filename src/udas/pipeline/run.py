@@ -25,7 +25,7 @@ from udas import __version__
 from udas.data.batch import Stream
 from udas.errors import RunError, UdasError
 from udas.evaluation.table import save_tables
-from udas.pipeline import stages
+from udas.pipeline import difference, stages
 from udas.pipeline.build import rehearse
 from udas.pipeline.config import RunConfig, uses
 from udas.pipeline.context import Context
@@ -160,6 +160,7 @@ def _carry_out(context: Context, item: Planned) -> None:
     if runtime.main:
         settings = yaml.safe_dump(item.stage.model_dump(mode="json"), sort_keys=False)
         write_atomically(folder / "config.yaml", settings.encode())
+        difference.note(folder, item.made_from)
     runtime.barrier()
     try:
         RUNNERS[item.stage.kind](context, item.name, item.stage, folder)
