@@ -162,3 +162,16 @@ def test_pseudo_labels_that_a_method_cannot_use_are_a_mistake(context: Callable[
     }
     with pytest.raises(ConfigError, match=r"stages.it.pseudo: method fixmatch does not learn from pseudo-labels"):
         rehearse(context(stages), ["it"])
+
+
+@pytest.mark.parametrize("role", ["teacher", "prototypes"])
+def test_a_stage_that_a_method_does_not_learn_from_is_a_mistake(context: Callable[..., Context], role: str) -> None:
+    stages = {
+        "first": {"method": {"name": "supervised"}, "streams": ["source"]},
+        "means": {"kind": "prototypes", "model": "first"},
+        "it": {"method": {"name": "udas"}, "start": "first", role: {"teacher": "first", "prototypes": "means"}[role]},
+        "proda": {"method": {"name": "proda"}, "start": "first", "teacher": "first", "prototypes": "means"},
+    }
+    with pytest.raises(ConfigError, match=rf"stages.it.{role}: method udas, as it is set, learns from none"):
+        rehearse(context(stages), ["it"])
+    rehearse(context(stages), ["proda"])

@@ -13,6 +13,8 @@ from udas.data.batch import Stream
 from udas.data.sampling import seed_of, share_of
 from udas.errors import ConfigError, WeightsError
 from udas.methods.base import Method, Task
+from udas.methods.frozen import Frozen
+from udas.methods.prototypes import Prototypes
 from udas.names import load_method
 from udas.networks.ensemble import Averaged, Ensemble, as_one
 from udas.networks.segmenters import Segmenter, build_segmenter
@@ -73,7 +75,8 @@ def rehearse(context: Context, names: Iterable[str]) -> None:
     Raises:
         ConfigError, WeightsError: as `build_method`; also for names of classes that the label space does not have, for
             scores on a split that is not there or is trained on, and for pictures per step that the processes cannot
-            share, or that are fewer or smaller than a method can work with, or of several sizes where it needs one.
+            share, or that are fewer or smaller than a method can work with, or of several sizes where it needs one;
+            for a teacher or prototypes that a method does not use.
     """
     fitted, names = set(), list(names)
     _check_scored(context, names)
@@ -87,6 +90,7 @@ def rehearse(context: Context, names: Iterable[str]) -> None:
             _fit_weights(name, stage.network)
         with torch.device("meta"):
             method = sketch_method(context, name, stage)
+        _check_used(name, stage, method)
         _check_batches(context, name, stage, method)
         _check_sizes(context, name, stage, method)
 
@@ -136,6 +140,13 @@ def _check_scored(context: Context, names: list[str]) -> None:
             f"stages.{name}: {len(both)} pictures of the split {data.val_split!r}, whose labels are all read to score "
             f"networks, are in {data.train_split!r}, too, such as {both[0]}"
         )
+
+
+def _check_used(name: str, stage: TrainStage, method: Method[Any]) -> None:
+    """A stage that is named is one that the method learns from."""
+    for role, part in (("teacher", Frozen), ("prototypes", Prototypes)):
+        if getattr(stage, role) is not None and not any(isinstance(module, part) for module in method.modules()):
+            raise ConfigError(f"stages.{name}.{role}: method {stage.method.name}, as it is set, learns from none")
 
 
 def _check_batches(context: Context, name: str, stage: TrainStage, method: Method[Any]) -> None:
