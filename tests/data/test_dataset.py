@@ -321,6 +321,14 @@ def test_fingerprint_sees_what_matters(root: Path, tmp_path: Path) -> None:
     assert len(prints) == 8
 
 
+def test_fingerprint_sees_confidences(root: Path, tmp_path: Path) -> None:
+    pictures = pseudo(root, tmp_path, np.full((6, 8), 10, np.uint8))
+    prints = {pictures.fingerprint(), pictures.with_labels(tmp_path / "labels").fingerprint()}
+    write(tmp_path / f"confidence/{pictures.pictures[0].name}.png", noise(6, 8)[..., 0])
+    prints.add(pictures.fingerprint())
+    assert len(prints) == 3
+
+
 def test_fingerprint_forgets_place_and_age(root: Path, tmp_path: Path) -> None:
     first = opened(root).labelled("train", "all").fingerprint()
     shutil.copytree(root, tmp_path / "copy", copy_function=shutil.copy)

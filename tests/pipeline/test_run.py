@@ -304,6 +304,17 @@ def test_real_labels_among_pseudo_labels_are_part_of_the_fingerprint(world: Path
     assert prints[0] != prints[1]
 
 
+def test_repainting_by_amplitudes_depends_on_the_pictures_they_are_of(world: Path, tmp_path: Path) -> None:
+    prints = []
+    for size in ([40, 40], [48, 48]):
+        raw = raw_run(world, FIRST | {"repainted": {"kind": "translate", "fourier": {}}})
+        raw["data"]["target"]["size"] = size
+        context = Context(build_run(raw, "file"), tmp_path, CPU)
+        prints.append(_data(context, "repainted", context.config.stages["repainted"]))
+    assert prints[0]["source"] == prints[1]["source"]
+    assert prints[0]["unlabelled"] != prints[1]["unlabelled"]
+
+
 # ----------------------------------------------------------------------------------------------------------- rounds
 
 
