@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -50,6 +51,16 @@ def write_picture(path: Path, picture: Image.Image, kind: str = "PNG", quality: 
     coded = io.BytesIO()
     picture.save(coded, kind, quality=quality)
     write_atomically(path, coded.getvalue())
+
+
+def in_order(content: bytes) -> bytes:
+    """A safetensors file with its metadata in alphabetical order: of equal networks every byte is equal."""
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    ordered += b" " * (-len(ordered) % 8)  # tensors are aligned
+    return len(ordered).to_bytes(8, "little") + ordered + content[start:]
 
 
 def _make_durable(folder: Path) -> None:

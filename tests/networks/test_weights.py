@@ -235,6 +235,13 @@ def test_the_file_describes_itself(saved):
     assert json.loads(metadata["normalisation"])["bgr"] is False
 
 
+def test_equal_networks_are_equal_files(saved):
+    path, segmenter = saved
+    for name in "abcdef":
+        save_segmenter(path.with_name(name), segmenter, ROAD)
+        assert path.with_name(name).read_bytes() == path.read_bytes()
+
+
 def test_loading_never_fetches_weights(monkeypatch, tmp_path):
     segmenter = build_segmenter(config(), 3)
     segmenter.config = segmenter.config.model_copy(update={"weights": "hub"})

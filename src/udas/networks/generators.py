@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from udas.config import Config
 from udas.errors import DataError, WeightsError
 from udas.networks.discriminators import full_precision, init_gan
-from udas.storage import write_atomically
+from udas.storage import in_order, write_atomically
 from udas.validation import validate
 
 STRIDE = 4  # two halvings; the sides of a generator's input are multiples of this
@@ -112,7 +112,7 @@ def save_translator(path: Path, translator: Translator) -> None:
     """
     state = {name: value.float().cpu().contiguous() for name, value in translator.generator.state_dict().items()}
     metadata = {"format": FORMAT, "generator": translator.generator.config.model_dump_json()}
-    write_atomically(path, save(state, metadata))
+    write_atomically(path, in_order(save(state, metadata)))
 
 
 def load_translator(path: Path) -> Translator:

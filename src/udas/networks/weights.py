@@ -15,7 +15,7 @@ from torch import Tensor
 from udas.config import NetworkConfig
 from udas.errors import ConfigError, WeightsError
 from udas.networks.segmenters import Segmenter, build_segmenter, complete
-from udas.storage import write_atomically
+from udas.storage import in_order, write_atomically
 from udas.taxonomy import Taxonomy, differences
 from udas.validation import validate
 
@@ -45,7 +45,7 @@ def save_segmenter(path: Path, segmenter: Segmenter, taxonomy: Taxonomy) -> None
         "normalisation": json.dumps(asdict(segmenter.normalisation)),
     }
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in segmenter.state_dict().items()}
-    write_atomically(path, save(tensors, metadata))
+    write_atomically(path, in_order(save(tensors, metadata)))
 
 
 def load_segmenter(
