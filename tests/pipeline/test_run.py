@@ -118,12 +118,18 @@ def test_a_plan_says_what_is_other(
     }
 
 
-def test_a_folder_that_does_not_say_what_it_was_made_from(world: Path, finished: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+@pytest.mark.parametrize("content", [None, "{", "same"])
+def test_a_folder_that_does_not_say_what_it_was_made_from(
+    world: Path, finished: Path, tmp_path: Path, content: str | None
+) -> None:
+    """Of an older version, damaged, or not of the manifest beside it."""
+    folder, context = tmp_path / "run", Context(configured(world, tmp_path, "training.steps=3"), tmp_path / "run", CPU)
     shutil.copytree(finished, folder)
-    (folder / "first" / "made_from.json").unlink()
-    first = plan(Context(configured(world, tmp_path, "training.steps=3"), folder, CPU))[0]
-    assert first.why == "configuration, data or an earlier stage changed; the old folder is moved aside"
+    note = folder / "first" / "made_from.json"
+    note.unlink()
+    if content:
+        note.write_text(json.dumps(plan(context)[0].made_from) if content == "same" else content)
+    assert plan(context)[0].why == "configuration, data or an earlier stage changed; the old folder is moved aside"
 
 
 def test_settings_that_came_later_leave_old_fingerprints_alone() -> None:

@@ -12,6 +12,7 @@ from udas.storage import write_atomically
 FILE = "made_from.json"
 SHOWN = 2  # changes that are told; the others are counted
 LONG = 40  # characters of a value that is told
+UNKNOWN = "configuration, data or an earlier stage changed"
 
 
 def note(folder: Path, made_from: Mapping[str, Any]) -> None:
@@ -24,12 +25,12 @@ def difference(folder: Path, made_from: Mapping[str, Any]) -> str:
     try:
         before = dict(_leaves(json.loads((folder / FILE).read_text(encoding="utf-8"))))
     except (OSError, ValueError):
-        return "configuration, data or an earlier stage changed"
+        return UNKNOWN
     now = dict(_leaves(made_from))
     changed = [name for name in now | before if before.get(name) != now.get(name)]
     told = [_told(*name.partition(".")[::2], before.get(name), now.get(name)) for name in changed[:SHOWN]]
     more = [f"{len(changed) - SHOWN} more"] if len(changed) > SHOWN else []
-    return ", ".join(told + more)
+    return ", ".join(told + more) or UNKNOWN
 
 
 def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
