@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,14 @@ def test_a_broken_picture_stops_with_its_name_and_keeps_the_checkpoint(tmp_path:
     assert state_of(tmp_path / "run" / LAST)[1] == 2
 
 
+@pytest.fixture
+def foreground() -> Iterator[None]:
+    """Ctrl-C is heard, as in a terminal; what a shell starts in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Interrupted(Toy):
     """Gets `signals` in the middle of its third step, and so do its loading processes."""
 
@@ -177,6 +186,7 @@ class Interrupted(Toy):
         super().step(batch)
 
 
+@pytest.mark.usefixtures("foreground")
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_first_signal_ends_the_step_and_saves(tmp_path: Path, number: int, workers: int) -> None:
@@ -195,6 +205,7 @@ def test_a_first_signal_ends_the_step_and_saves(tmp_path: Path, number: int, wor
     assert same_tensors(weights(resumed), weights(whole))
 
 
+@pytest.mark.usefixtures("foreground")
 def test_a_second_signal_acts_at_once(tmp_path: Path) -> None:
     method = Interrupted()
     method.signals = (int(signal.SIGTERM), int(signal.SIGINT))
