@@ -221,3 +221,10 @@ def test_gradients_do_not_depend_on_the_memory_format(count):
         found.append([parameter.grad for parameter in network.parameters()])
     for plain, last in zip(*found, strict=True):
         torch.testing.assert_close(last, plain, rtol=1e-3, atol=1e-5 * plain.abs().max().item())
+
+
+def test_equal_translators_are_equal_files(tmp_path):
+    translator = Translator(generator())
+    for name in "abcdef":
+        save_translator(tmp_path / name, translator)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
