@@ -131,6 +131,18 @@ def test_losses_are_told_however_many_steps_come_between(
         assert "source 0.25" in line
 
 
+def test_a_validation_hardly_changes_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+    now = 0.0
+    with Bar("teacher", 1000) as bar:
+        bar.progress.get_time = lambda: now
+        for done in range(1, 202):  # two seconds each, and a minute of validation before the last
+            now += 2 if done < 201 else 62
+            bar(done, 1000)
+        left = bar.progress.tasks[0].time_remaining
+    assert left is not None
+    assert 1600 < left < 2000
+
+
 def test_the_bar_shows_count_and_title_and_is_silent_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
     for visible in (True, False):
         with Bar("train", 10, 4, visible=visible) as bar:

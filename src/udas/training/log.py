@@ -107,6 +107,7 @@ class Bar:
     """
 
     PAUSE = 30.0  # seconds between two lines
+    PERIOD = 600.0  # seconds that rate and time left are means over: a validation does not upset them
 
     def __init__(self, title: str, total: int, done: int = 0, unit: str = "steps", visible: bool = True) -> None:
         columns = (
@@ -118,7 +119,7 @@ class Bar:
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
         )
-        self.progress = Progress(*columns, disable=not visible, refresh_per_second=2)
+        self.progress = Progress(*columns, disable=not visible, refresh_per_second=2, speed_estimate_period=self.PERIOD)
         self.task = self.progress.add_task(title, total=total, completed=done, unit=unit, rate="", note="")
         self.started, self.said, self.text = False, time.monotonic(), ""
 
