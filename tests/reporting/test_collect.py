@@ -7,12 +7,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
-from reporting.run_folder import add_evaluation, add_train
+from reporting.run_folder import add_evaluation, add_labels, add_train
 from udas.pipeline.run import write_results
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks/collect.py"
+
+
+@pytest.fixture
+def out(tmp_path: Path) -> Path:
+    """A folder of results whose run file says in which order rows stand."""
+    folder = tmp_path / "results"
+    folder.mkdir()
+    (folder / "run.yaml").write_text("stages: {alone: {}, evaluate_alone: {}, teacher: {}, student: {}}")
+    return folder
 
 
 def finished_run(folder: Path, **levels: float) -> Path:
@@ -32,10 +42,9 @@ def collect(run: Path, out: Path) -> dict[str, float]:
     return {row["title"]: row["miou"] for row in json.loads((out / "results.json").read_text())}
 
 
-def test_rows_of_runs_join_in_the_order_of_the_run_file_and_a_repeated_row_is_replaced(tmp_path: Path) -> None:
-    out = tmp_path / "results"
-    out.mkdir()
-    (out / "run.yaml").write_text("stages: {alone: {}, evaluate_alone: {}, teacher: {}, student: {}}")
+def test_rows_of_runs_join_in_the_order_of_the_run_file_and_a_repeated_row_is_replaced(
+    tmp_path: Path, out: Path
+) -> None:
     first = collect(finished_run(tmp_path / "first", student=0.3, alone=0.5), out)
     second = collect(finished_run(tmp_path / "second", teacher=0.4, alone=0.2), out)
     assert list(first) == ["Alone", "Student"]
@@ -44,15 +53,13 @@ def test_rows_of_runs_join_in_the_order_of_the_run_file_and_a_repeated_row_is_re
     assert second["Alone"] > first["Alone"]
 
 
-def test_what_stands_behind_the_rows_lies_beside_them_and_unfinished_stages_do_not(tmp_path: Path) -> None:
-    out = tmp_path / "results"
-    out.mkdir()
-    (out / "run.yaml").write_text("stages: {alone: {}, student: {}}")
+def test_what_stands_behind_the_rows_lies_beside_them_and_unfinished_stages_do_not(tmp_path: Path, out: Path) -> None:
     run = finished_run(tmp_path / "run", alone=0.3)
+    add_labels(run, "label", "alone", 0.3, shown=0)
     add_train(run, "student", 0.5, state="stopped")
     collect(run, out)
     manifests = json.loads((out / "manifests.json").read_text())
-    assert set(manifests) == {"alone", "evaluate_alone"}
+    assert set(manifests) == {"alone", "evaluate_alone", "label"}
     assert (out / "logs/alone.jsonl").read_bytes() == (run / "alone/log.jsonl").read_bytes()
     assert {path.name for path in out.iterdir()} >= {"results.csv", "results.md"}
-    assert [path.name for path in (out / "logs").iterdir()] == ["alone.jsonl"]
+    assert {path.name for path in (out / "logs").iterdir()} == {"alone.jsonl", "label.statistics.json"}
