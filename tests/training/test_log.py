@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -131,7 +132,7 @@ def test_losses_are_told_however_many_steps_come_between(
         assert "source 0.25" in line
 
 
-def test_a_validation_hardly_changes_the_time_left(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_validation_hardly_changes_rate_and_time_left(capsys: pytest.CaptureFixture[str]) -> None:
     now = 0.0
     with Bar("teacher", 1000) as bar:
         bar.progress.get_time = lambda: now
@@ -141,6 +142,9 @@ def test_a_validation_hardly_changes_the_time_left(capsys: pytest.CaptureFixture
         left = bar.progress.tasks[0].time_remaining
     assert left is not None
     assert 1600 < left < 2000
+    rate = re.search(r"([\d.]+) steps/s", capsys.readouterr().out)
+    assert rate is not None
+    assert 0.4 < float(rate[1]) <= 0.5
 
 
 def test_the_bar_shows_count_and_title_and_is_silent_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
