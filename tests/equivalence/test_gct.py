@@ -106,6 +106,8 @@ class Naive:
                 ]
                 mine["source"] = c.source * (losses[0] + c.auxiliary * sum(losses[1:]))
             learn(self.sgds[k], self.nets[k], sum(mine.values()))
+            if not c.correction:
+                del mine["correction"]  # it is 0; nothing is told of it
             terms |= {f"{side} {name}": term.item() for name, term in mine.items()}
         losses = [self.detection(image, each.detach(), batch.labelled.label) for each in p]
         terms |= {f"detector {side}": loss.item() for side, loss in zip(("left", "right"), losses, strict=True)}
@@ -205,6 +207,7 @@ CASES = {
         {"consistency": 30, "correction": 3, "detection": 2, "ramp_up": 0, "threshold": 0.3},
     ),
     "another ground truth": (SSL, 2, 1, {"mu": 0.3, "nu": 2, "batch_share": 0.25}),
+    "no flaw correction": (SSL, 2, 2, {"correction": 0}),
     "two levels": (ALL, 2, 2, {"network": "deeplabv2_multi", "auxiliary": 0.3}),
 }
 

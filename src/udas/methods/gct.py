@@ -125,11 +125,13 @@ class GCT(SegmentationMethod[GCTConfig]):
         c = self.config
         ramp = exponential(self.steps_done, round(c.ramp_up * self.task.steps))
         distance = (said.probabilities - target).square().mean(1)
-        return {
+        terms = {
             "labelled": label_loss(said.outputs, labelled, c.auxiliary),
             "consistency": ramp * c.consistency * masked_mean(distance, inside),
-            "correction": c.correction * masked_mean((wrong * said.flaws.square())[:, 0], inside),
         }
+        if c.correction:
+            terms["correction"] = c.correction * masked_mean((wrong * said.flaws.square())[:, 0], inside)
+        return terms
 
     def _detection(self, image: Tensor, said: Opinion, labelled: Block) -> Tensor:
         """L_fd of one network. The detector sees all pictures, as its batch norms do when it is asked."""
