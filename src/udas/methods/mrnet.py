@@ -131,7 +131,7 @@ class ClassBalance(nn.Module):
 
     a_c is `weight` where class c has less than `share` of the batch's pixels, else 1; o_c remembers how often the class
     is missing: o_c <- 0.9 o_c + 0.1 (`weight` where it is absent from the batch, else 1), from o_c = 1 on. Each process
-    follows its own pictures. Source: the released code of Seg-Uncertainty; the papers do without.
+    follows its own pictures. Source: the released code of Seg-Uncertainty.
     """
 
     missing: Tensor

@@ -33,9 +33,10 @@ class Rectified(SegmentationMethod[RectifiedConfig]):
 
         L_rect(a, b) = mean [exp(-D) w_y CE(z^a, y) + D]        D = KL(P^b || P^a) per pixel, P = softmax z
 
-    D stands for the variance of the prediction: no threshold on the pseudo-labels has to be chosen. Gradients flow
-    through all of it. w of `ClassBalance`. Plain pseudo-labels, what it is compared with, are learnt as `MRNet` learns
-    the source's labels: L = CE_w(z^main, y) + lambda_seg CE_w(z^aux, y) on the hardest pixels.
+    The direction of D is the released code's; the paper prints the other one for the main output. D stands for the
+    variance of the prediction: no threshold on the pseudo-labels has to be chosen. Gradients flow through all of it. w
+    of `ClassBalance`. Plain pseudo-labels, what it is compared with, are learnt as `MRNet` learns the source's labels:
+    L = CE_w(z^main, y) + lambda_seg CE_w(z^aux, y) on the hardest pixels.
     """
 
     settings = RectifiedConfig

@@ -1,7 +1,7 @@
 """A threshold per class, lowered where a class would lose too many of its pixels.
 
-Source: FDA (Yang and Soatto, CVPR 2020, section 3.2) takes per class the confidence that the best 66 % of its pixels
-reach, capped at 0.9; here share and cap are settings.
+Source: FDA (Yang and Soatto, CVPR 2020) takes per class the confidence that the best 66 % of its pixels reach (34 % in
+its code), capped at 0.9; here share and cap are settings.
 """
 
 from __future__ import annotations

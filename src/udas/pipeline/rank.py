@@ -1,7 +1,7 @@
 """Ranking: unlabelled pictures sorted by how sure a network is of them, and split into easy and hard ones.
 
 Source: IntraDA (Pan et al., "Unsupervised Intra-domain Adaptation for Semantic Segmentation through Self-Supervision",
-CVPR 2020, section 3.2); the weight for rare classes is that of its code and appendix.
+CVPR 2020, section 3.2); the weight for rare classes is that of its code.
 """
 
 from __future__ import annotations
