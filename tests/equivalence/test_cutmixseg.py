@@ -115,8 +115,8 @@ CASES = {
     "cross-entropy": (SSL, {"loss": "cross_entropy", "share": (0.2, 0.6)}),
     "confidence per pixel": (SSL, {"confidence": "pixel"}),
     "confidence of the batch": (SSL, {"confidence": "batch"}),
-    "cutout": (SSL, {"mask": "cutout", "share": (0.0, 1.0)}),
-    "cutout per pixel": (SSL, {"mask": "cutout", "confidence": "pixel", "colours": True}),
+    "cutout": (SSL, {"mask": "cutout"}),
+    "cutout per pixel": (SSL, {"mask": "cutout", "share": (0.5, 0.5), "confidence": "pixel", "colours": True}),
     "colours": (SSL, {"colours": True, "decay": 0.6}),
     "the teacher uses batch statistics": (SSL, {"teacher_norm": "batch"}),
     "two levels": (ALL, {"network": "deeplabv2_multi", "auxiliary": 0.3, "threshold": 0.334}),
@@ -152,6 +152,8 @@ def test_the_defaults_are_the_published_ones():
         "teacher_norm": "running",
         "keep": "teacher",
     }
+    assert validate(CutMixSegConfig, {"mask": "cutout"}, "test").share == (0, 1)
+    assert validate(CutMixSegConfig, {"mask": "cutout", "share": (0.2, 0.3)}, "test").share == (0.2, 0.3)
 
 
 class Certain(nn.Module):
@@ -171,7 +173,7 @@ class Certain(nn.Module):
 @pytest.mark.parametrize("confidence", ["picture", "pixel"])
 def test_confidence_is_one_weight_per_picture_or_a_mask(confidence):
     """Of 48 columns 12 and 36 are sure."""
-    method = make(mask="cutout", threshold=0.97, confidence=confidence)
+    method = make(mask="cutout", share=(0.5, 0.5), threshold=0.97, confidence=confidence)
     method.teacher.module, seen = Certain(12, 36), block(1, labelled=False)
     mixed = method._mix(seen)
     outside = ~box_masks(seen.seeds, 33, 48)[:, 0]
@@ -203,7 +205,7 @@ def test_a_picture_is_never_mixed_with_another_crop_of_itself():
 
 
 def test_a_hole_shows_the_mean_colour_and_counts_nowhere():
-    method, seen = make(mask="cutout", threshold=0.0), block(1, labelled=False)
+    method, seen = make(mask="cutout", share=(0.5, 0.5), threshold=0.0), block(1, labelled=False)
     mixed, hole = method._mix(seen), box_masks(seen.seeds, 33, 48)[:, 0]
     assert torch.equal(mixed.image.permute(0, 2, 3, 1)[hole], method.segmenter.mean.flatten().expand(hole.sum(), 3))
     assert torch.equal(mixed.image.permute(0, 2, 3, 1)[~hole], seen.image.permute(0, 2, 3, 1)[~hole])

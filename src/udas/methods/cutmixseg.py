@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from udas.config import SegmentationConfig, Share
@@ -28,7 +28,7 @@ class CutMixSegConfig(SegmentationConfig):
         "cutmix", description="the box shows another picture; or it is blank and does not count"
     )
     share: tuple[Share, Share] = Field(
-        (0.5, 0.5), description="share of the picture in the box, drawn from this range; published for cutout: [0, 1]"
+        (0.5, 0.5), description="share of the picture in the box, drawn from this range; cutout: [0, 1] unless given"
     )
     loss: Literal["squared", "cross_entropy"] = Field(
         "squared", description="d: squared difference of the probabilities, summed over classes; or cross-entropy"
@@ -46,6 +46,12 @@ class CutMixSegConfig(SegmentationConfig):
     source: float = Field(1.0, ge=0, description="weight of the cross-entropy on synthetic pictures, where given")
     auxiliary: float = Field(0.1, ge=0, description="weight of auxiliary outputs on labels, where the network has them")
     keep: Literal["teacher", "student"] = Field("teacher", description="the network that is evaluated and handed on")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_share(cls, raw: Any) -> Any:
+        cutout = isinstance(raw, dict) and raw.get("mask") == "cutout"
+        return {"share": (0.0, 1.0)} | raw if cutout else raw
 
 
 class Mixed(NamedTuple):
