@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from toys import TOWN, Toy, ToyConfig, advance, engine, toy
 
 from tiny_run import same_tensors
@@ -38,11 +38,6 @@ def refusal(path: Path, method: Toy) -> str:
     assert "\n" not in str(caught.value)
     assert str(path) in str(caught.value)
     return str(caught.value)
-
-
-def rewritten(path: Path, **changes: object) -> None:
-    meta = {"format": FORMAT, "progress": vars(SOME), "optimiser": {}, "classes": TOWN.classes} | changes
-    save_file(load_file(path), path, {"udas": json.dumps(meta)})
 
 
 def test_networks_optimisers_and_progress_come_back(tmp_path: Path) -> None:
@@ -79,7 +74,7 @@ def test_another_label_space_is_refused(tmp_path: Path) -> None:
 
 def test_another_format_is_refused_with_both_numbers(tmp_path: Path) -> None:
     saved(tmp_path / "last")
-    rewritten(tmp_path / "last", format=FORMAT + 1)
+    save_file({"x": torch.zeros(1)}, tmp_path / "last", {"udas": json.dumps({"format": FORMAT + 1})})
     assert f"checkpoint format {FORMAT + 1}, this version reads {FORMAT}" in refusal(tmp_path / "last", toy())
 
 
@@ -161,7 +156,7 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path
     assert not any(path.exists() for path in left)
 
 
-@pytest.mark.parametrize("meta", ["{}", "[]", '{"format": 1, "classes": []}'])
+@pytest.mark.parametrize("meta", ["{}", "[]", json.dumps({"format": FORMAT, "classes": []})])
 def test_a_description_that_lacks_something_is_no_checkpoint(tmp_path: Path, meta: str) -> None:
     save_file({"x": torch.zeros(1)}, tmp_path / "last", {"udas": meta})
     method = toy()

@@ -70,6 +70,28 @@ def test_steps_see_the_same_pictures_and_random_numbers_after_a_stop(tmp_path: P
     assert same_tensors(parts[1].state_dict(), whole.state_dict())
 
 
+def test_lines_of_losses_are_those_of_a_training_that_was_never_stopped(tmp_path: Path) -> None:
+    """A mean over the steps since the last line, also where a checkpoint lies between two lines."""
+
+    def killed(batch: Batch) -> None:
+        if method.engine.step == 3:
+            raise SystemExit
+        Toy.step(method, batch)
+
+    def told(name: str) -> list[Any]:
+        return [(line["step"], line["losses"]) for line in read_log(tmp_path / name / "log.jsonl")]
+
+    streams, method = pictures(tmp_path / "pictures"), toy()
+    training(tmp_path / "whole", toy(), every=4).run(streams)
+    method.step = killed  # type: ignore[method-assign]
+    with pytest.raises(SystemExit):
+        training(tmp_path / "parts", method, every=4).run(streams)
+    assert told("parts") == []
+    training(tmp_path / "parts", toy(), every=4).run(streams)
+    assert [step for step, _ in told("parts")] == [4, 6]
+    assert told("parts") == told("whole")
+
+
 def test_a_finished_training_does_nothing_but_restore_its_weights(tmp_path: Path) -> None:
     streams = pictures(tmp_path / "pictures")
     done, again = watching(), watching()

@@ -18,7 +18,7 @@ from udas.storage import write_atomically
 from udas.taxonomy import differences
 from udas.training.engine import TrainingEngine
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,11 @@ class Progress:
 
 
 def save_checkpoint(path: Path, method: Method[Any], engine: TrainingEngine, progress: Progress) -> None:
-    """Write networks, buffers, optimiser states and progress into one file."""
+    """Write networks, buffers, the engine's state and progress into one file."""
     states, values = engine.state()
     tensors = {f"method/{name}": tensor for name, tensor in method.state_dict().items()}
-    tensors |= {f"optimiser/{name}": tensor for name, tensor in states.items()}
-    meta = {"format": FORMAT, "progress": vars(progress), "optimiser": values, "classes": method.task.taxonomy.classes}
+    tensors |= {f"engine/{name}": tensor for name, tensor in states.items()}
+    meta = {"format": FORMAT, "progress": vars(progress), "engine": values, "classes": method.task.taxonomy.classes}
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomically(path, save(plain, metadata={"udas": json.dumps(meta)}))
 
@@ -57,8 +57,8 @@ def load_checkpoint(path: Path, method: Method[Any], engine: TrainingEngine) -> 
         method.load_state_dict(own)
     except RuntimeError:
         raise RunError(_difference(path, method.state_dict(), own)) from None
-    prefix = "optimiser/"
-    engine.load({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}, meta["optimiser"])
+    prefix = "engine/"
+    engine.load({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}, meta["engine"])
     return Progress(**meta["progress"])
 
 
@@ -66,7 +66,8 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads(file.metadata()["udas"])
-            itemgetter("format", "classes", "progress", "optimiser")(meta)
+            if meta["format"] == FORMAT:  # of another one no more is known
+                itemgetter("classes", "progress", "engine")(meta)
             return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RunError(

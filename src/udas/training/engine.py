@@ -15,6 +15,8 @@ from udas.methods.base import Method, Minimise, Optimised
 from udas.training.runtime import Runtime
 from udas.training.schedule import lr_factor
 
+LOSSES, STEPS = "losses", "steps since"  # names in a state that no optimiser has
+
 
 class TrainingEngine:
     """Lends `update` to a method and remembers what it minimised.
@@ -75,9 +77,9 @@ class TrainingEngine:
         return None if step < 0 else step
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Optimiser states as named tensors and JSON values; `load` takes them back."""
-        tensors: dict[str, Tensor] = {}
-        values: dict[str, Any] = {}
+        """Optimiser states and losses not yet taken, as named tensors and JSON values; `load` takes them back."""
+        tensors = {f"{LOSSES}/{term}": total for term, total in self.losses.items()}
+        values: dict[str, Any] = {STEPS: self.logged_steps}
         for name, updater in self.updaters.items():
             for index, parameter in enumerate(updater.parameters):
                 for key, value in updater.optimiser.state.get(parameter, {}).items():
@@ -90,12 +92,18 @@ class TrainingEngine:
 
     def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
         """Restore what `state` returned, in the memory layout of the parameters (fused optimisers rely on it)."""
+        self.losses, self.logged_steps = {}, values[STEPS]
         for place, value in [*tensors.items(), *values.items()]:
-            name, index, key = place.split("/")
-            updater = self.updaters[name]
-            parameter = updater.parameters[int(index)]
-            restored = _like(parameter, value) if isinstance(value, Tensor) else value
-            updater.optimiser.state[parameter][key] = restored
+            name, *where = place.split("/")
+            if name == LOSSES:
+                self.losses[where[0]] = value.to(self.runtime.device)
+            elif name != STEPS:
+                self._restore(self.updaters[name], int(where[0]), where[1], value)
+
+    def _restore(self, updater: _Updater, index: int, key: str, value: Any) -> None:
+        parameter = updater.parameters[index]
+        restored = _like(parameter, value) if isinstance(value, Tensor) else value
+        updater.optimiser.state[parameter][key] = restored
 
     def _record(self, term: str, loss: Tensor) -> None:
         self.frozen.logical_or_(~torch.isfinite(loss))
