@@ -115,13 +115,20 @@ class NaiveUniMatch(Naive):
         known, seen, c, terms = batch.labelled, batch.unlabelled, self.c, self.source(batch)
         n, images = len(known.image), torch.cat([known.image, seen.image])
         maps = self.net.encoder((images - self.net.mean) / self.net.std)
-        for k in range(1, len(maps)):  # kept channels of all pictures, then what is left of them
+        left = list(maps)
+        for k in range(1, len(maps)):
             drawn = channel_dropout(torch.ones_like(maps[k]), known.seeds + seen.seeds, c.dropout, str(k - 1))
-            maps[k] = torch.cat([maps[k], maps[k] * (drawn > 0) / (1 - c.dropout)])
-        outputs, m = self.decoded(maps), len(images)
+            left[k] = maps[k] * (drawn > 0) / (1 - c.dropout)
+        m = len(images)
+        if c.apart:
+            dropped = self.decoded([entry[n:] for entry in left])
+            outputs = self.decoded(maps)
+        else:
+            outputs = self.decoded([torch.cat(pair) for pair in zip(maps, left, strict=True)])
+            dropped = [logits[m + n :] for logits in outputs]
         terms["labelled"] = self.cross_entropy([logits[:n] for logits in outputs], known.label)
         believed = self.believed(outputs[0][n:m])
-        terms["features"] = c.features * self.loss([logits[m + n :] for logits in outputs], believed)
+        terms["features"] = c.features * self.loss(dropped, believed)
         image_1, believed_1 = self.view(seen, seen.seeds, believed)
         image_2, believed_2 = self.view(seen, [seed_of(seed, "second") for seed in seen.seeds], believed)
         both = self.net.levels(torch.cat([image_1, image_2]))
@@ -142,7 +149,10 @@ CASES = {
     "no boxes": (SSL, {"cutmix": 0, "threshold": 0.4}),
     "two levels": (ALL, {"network": "deeplabv2_multi", "auxiliary": 0.4, "threshold": 0.334}),
 }
-WEIGHTS = {"fixmatch": {"consistency": 0.6}, "unimatch": {"images": 0.3, "features": 0.7, "dropout": 0.3}}
+WEIGHTS = {
+    "fixmatch": {"consistency": 0.6},
+    "unimatch": {"images": 0.3, "features": 0.7, "dropout": 0.3, "apart": True},
+}
 
 
 @both
@@ -166,7 +176,8 @@ def test_the_defaults_are_the_published_ones():
     """L = (L_x + L_s) / 2 and L = (L_x + L_s1 / 4 + L_s2 / 4 + L_fp / 2) / 2; the threshold is that of VOC and COCO."""
     shared = {"threshold": 0.95, "cutmix": 0.5, "share": (0.02, 0.4)}
     assert FixMatchConfig().model_dump(exclude=OURS) == shared | {"consistency": 1}
-    assert UniMatchConfig().model_dump(exclude=OURS) == shared | {"images": 0.25, "features": 0.5, "dropout": 0.5}
+    weights = {"images": 0.25, "features": 0.5, "dropout": 0.5}
+    assert UniMatchConfig().model_dump(exclude=OURS) == shared | weights | {"apart": False}
 
 
 def test_the_strong_view_is_the_published_one():

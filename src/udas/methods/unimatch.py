@@ -31,6 +31,9 @@ class UniMatchConfig(WeakToStrongConfig):
     images: float = Field(0.25, ge=0, description="weight of each of L_s1 and L_s2, the losses on strong views")
     features: float = Field(0.5, ge=0, description="weight of L_fp, the loss on features with dropped channels")
     dropout: float = Field(0.5, ge=0, lt=1, description="share of the feature channels that are dropped for L_fp")
+    apart: bool = Field(
+        False, description="decode dropped features apart, so that batch norms see the unchanged ones by themselves"
+    )
 
 
 class UniMatch(WeakToStrong[UniMatchConfig]):
@@ -44,7 +47,7 @@ class UniMatch(WeakToStrong[UniMatchConfig]):
 
     dropout zeroes whole channels of every feature map of the encoder, picture by picture. One pass of the encoder over
     labelled pictures and weak views together, and one of the decoder over its features and the dropped ones, gives
-    f(x_l), y and L_fp, as in the released code.
+    f(x_l), y and L_fp, as in the released code; with `apart` the decoder takes a pass for each.
     """
 
     settings = UniMatchConfig
@@ -65,15 +68,24 @@ class UniMatch(WeakToStrong[UniMatchConfig]):
         image, c, count = together(labelled, target), self.config, len(labelled.image)
         pyramid, seeds = self.segmenter.encode(image), (*labelled.seeds, *target.seeds)
         dropped = [channel_dropout(entry, seeds, c.dropout, str(k)) for k, entry in enumerate(pyramid[1:])]
-        both = [torch.cat(pair) for pair in zip(pyramid, [pyramid[0], *dropped], strict=True)]
-        outputs = self.segmenter.decode(both, torch.cat([image, image])).levels
-        believed = believe(outputs[0].detach()[count : len(image)], target.image)
-        without = [output[len(image) + count :] for output in outputs]
+        outputs, without = self._decode(pyramid, [pyramid[0], *dropped], image, count)
+        believed = believe(outputs[0].detach()[count:], target.image)
         losses = {
             "labelled": HALF * label_loss(outputs, labelled, c.auxiliary),
             "features": HALF * c.features * pseudo_loss(without, believed, c),
         }
         return losses, believed
+
+    def _decode(
+        self, whole: list[Tensor], dropped: list[Tensor], image: Tensor, count: int
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Logits of all pictures from whole features, and of those behind the first `count` from dropped ones."""
+        if self.config.apart:
+            rest = self.segmenter.decode([entry[count:] for entry in dropped], image[count:]).levels
+            return list(self.segmenter.decode(whole, image).levels), list(rest)
+        both = [torch.cat(pair) for pair in zip(whole, dropped, strict=True)]
+        outputs = self.segmenter.decode(both, torch.cat([image, image])).levels
+        return [output[: len(image)] for output in outputs], [output[len(image) + count :] for output in outputs]
 
     def _strong(self, block: Block, believed: Believed) -> dict[str, Tensor]:
         """L_s1 and L_s2, of one forward pass."""
