@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -78,11 +79,11 @@ class UniMatch(WeakToStrong[UniMatchConfig]):
 
     def _decode(
         self, whole: list[Tensor], dropped: list[Tensor], image: Tensor, count: int
-    ) -> tuple[list[Tensor], list[Tensor]]:
+    ) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
         """Logits of all pictures from whole features, and of those behind the first `count` from dropped ones."""
         if self.config.apart:
             rest = self.segmenter.decode([entry[count:] for entry in dropped], image[count:]).levels
-            return list(self.segmenter.decode(whole, image).levels), list(rest)
+            return self.segmenter.decode(whole, image).levels, rest
         both = [torch.cat(pair) for pair in zip(whole, dropped, strict=True)]
         outputs = self.segmenter.decode(both, torch.cat([image, image])).levels
         return [output[: len(image)] for output in outputs], [output[len(image) + count :] for output in outputs]
