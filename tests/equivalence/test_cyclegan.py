@@ -362,7 +362,7 @@ def test_stopped_and_resumed_is_bit_identical():
     for step in range(2):
         advance(early, first, batch(step), step)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
-    late.load(*copy.deepcopy(early.state()))
+    late.load(copy.deepcopy(early.state()))
     assert [advance(late, second, batch(step), step) for step in range(2, 4)] == losses[2:]
     assert all(
         torch.equal(a, b) for a, b in zip(through.state_dict().values(), second.state_dict().values(), strict=True)

@@ -72,8 +72,7 @@ def _training(context: Context, name: str, stage: TrainStage) -> tuple[float, fl
         model = placed(method.model(), context.runtime)
         times = _validations(stage.training.steps, context.config.logging.evaluate_every)
         seconds += times * _scoring(context, model, context.config.protocol)
-    states, _ = engine.state()
-    checkpoint = _bytes(method.state_dict()) + _bytes(states)
+    checkpoint = _bytes(method.state_dict()) + _bytes(engine.state())
     return seconds, checkpoint + 2.0 * _bytes(method.model().state_dict())  # the last network and the best one
 
 

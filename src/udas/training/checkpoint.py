@@ -18,7 +18,7 @@ from udas.storage import write_atomically
 from udas.taxonomy import differences
 from udas.training.engine import TrainingEngine
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,9 @@ class Progress:
 
 def save_checkpoint(path: Path, method: Method[Any], engine: TrainingEngine, progress: Progress) -> None:
     """Write networks, buffers, the engine's state and progress into one file."""
-    states, values = engine.state()
     tensors = {f"method/{name}": tensor for name, tensor in method.state_dict().items()}
-    tensors |= {f"engine/{name}": tensor for name, tensor in states.items()}
-    meta = {"format": FORMAT, "progress": vars(progress), "engine": values, "classes": method.task.taxonomy.classes}
+    tensors |= {f"engine/{name}": tensor for name, tensor in engine.state().items()}
+    meta = {"format": FORMAT, "progress": vars(progress), "classes": method.task.taxonomy.classes}
     plain = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     write_atomically(path, save(plain, metadata={"udas": json.dumps(meta)}))
 
@@ -52,13 +51,12 @@ def load_checkpoint(path: Path, method: Method[Any], engine: TrainingEngine) -> 
     if tuple(meta["classes"]) != method.task.taxonomy.classes:
         detail = differences(meta["classes"], method.task.taxonomy.classes)
         raise RunError(f"{path}: checkpoint of another label space: {detail}; remove it to start the stage again")
-    own = {name.removeprefix("method/"): t for name, t in tensors.items() if name.startswith("method/")}
+    own = _below("method/", tensors)
     try:
         method.load_state_dict(own)
     except RuntimeError:
         raise RunError(_difference(path, method.state_dict(), own)) from None
-    prefix = "engine/"
-    engine.load({k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}, meta["engine"])
+    engine.load(_below("engine/", tensors))
     return Progress(**meta["progress"])
 
 
@@ -67,12 +65,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with safe_open(path, "pt") as file:
             meta = json.loads(file.metadata()["udas"])
             if meta["format"] == FORMAT:  # of another one no more is known
-                itemgetter("classes", "progress", "engine")(meta)
+                itemgetter("classes", "progress")(meta)
             return {name: file.get_tensor(name) for name in file.keys()}, meta  # noqa: SIM118
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise RunError(
             f"{path}: not a checkpoint of udas, or a broken one ({error}); delete it to start again"
         ) from None
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _difference(path: Path, expected: dict[str, Tensor], found: dict[str, Tensor]) -> str:

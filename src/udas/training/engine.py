@@ -15,8 +15,6 @@ from udas.methods.base import Method, Minimise, Optimised
 from udas.training.runtime import Runtime
 from udas.training.schedule import lr_factor
 
-LOSSES, STEPS = "losses", "steps since"  # names in a state that no optimiser has
-
 
 class TrainingEngine:
     """Lends `update` to a method and remembers what it minimised.
@@ -76,34 +74,27 @@ class TrainingEngine:
         step = int(self.first_bad_step)
         return None if step < 0 else step
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Optimiser states and losses not yet taken, as named tensors and JSON values; `load` takes them back."""
-        tensors = {f"{LOSSES}/{term}": total for term, total in self.losses.items()}
-        values: dict[str, Any] = {STEPS: self.logged_steps}
+    def state(self) -> dict[str, Tensor]:
+        """Optimiser states and losses not yet taken, by name; `load` takes them back."""
+        tensors = {"logged_steps": torch.tensor(self.logged_steps)}
+        tensors |= {f"losses/{term}": total for term, total in self.losses.items()}
         for name, updater in self.updaters.items():
             for index, parameter in enumerate(updater.parameters):
                 for key, value in updater.optimiser.state.get(parameter, {}).items():
-                    place = f"{name}/{index}/{key}"
-                    if isinstance(value, Tensor):
-                        tensors[place] = value
-                    else:
-                        values[place] = value
-        return tensors, values
+                    tensors[f"optimisers/{name}/{index}/{key}"] = value
+        return tensors
 
-    def load(self, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Restore what `state` returned, in the memory layout of the parameters (fused optimisers rely on it)."""
-        self.losses, self.logged_steps = {}, values[STEPS]
-        for place, value in [*tensors.items(), *values.items()]:
-            name, *where = place.split("/")
-            if name == LOSSES:
-                self.losses[where[0]] = value.to(self.runtime.device)
-            elif name != STEPS:
-                self._restore(self.updaters[name], int(where[0]), where[1], value)
-
-    def _restore(self, updater: _Updater, index: int, key: str, value: Any) -> None:
-        parameter = updater.parameters[index]
-        restored = _like(parameter, value) if isinstance(value, Tensor) else value
-        updater.optimiser.state[parameter][key] = restored
+        self.losses, self.logged_steps = {}, int(tensors["logged_steps"])
+        for place, value in tensors.items():
+            match place.split("/"):
+                case ["losses", term]:
+                    self.losses[term] = value.to(self.runtime.device)
+                case ["optimisers", name, index, key]:
+                    updater = self.updaters[name]
+                    parameter = updater.parameters[int(index)]
+                    updater.optimiser.state[parameter][key] = _like(parameter, value)
 
     def _record(self, term: str, loss: Tensor) -> None:
         self.frozen.logical_or_(~torch.isfinite(loss))
