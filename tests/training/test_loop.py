@@ -201,11 +201,16 @@ class Interrupted(Toy):
 
     def step(self, batch: Batch) -> None:
         if self.engine.step == 2:
-            group = [os.getpid(), *(worker.pid for worker in multiprocessing.active_children())]
-            for number in self.signals:  # from another process, as loading processes bear those of their parent
-                subprocess.run(["kill", f"-{number}", *map(str, group)], check=True)
-                time.sleep(0.1)
+            for number in self.signals:
+                signal_all(number)
         super().step(batch)
+
+
+def signal_all(number: int) -> None:
+    """Signal loading processes and this one, from another process: they may treat their parent's in their own way."""
+    for pid in [*(worker.pid for worker in multiprocessing.active_children()), os.getpid()]:
+        subprocess.run(["kill", f"-{number}", str(pid)], check=True)
+        time.sleep(0.1)
 
 
 @pytest.mark.usefixtures("foreground")
@@ -225,6 +230,19 @@ def test_a_first_signal_ends_the_step_and_saves(tmp_path: Path, number: int, wor
     assert state_of(tmp_path / "parts" / LAST)[1] == 3
     training(tmp_path / "parts", resumed := toy()).run(streams)
     assert same_tensors(weights(resumed), weights(whole))
+
+
+@pytest.mark.usefixtures("foreground")
+def test_a_signal_during_a_validation_ends_it_and_saves(tmp_path: Path) -> None:
+    def validate(model: nn.Module) -> dict[str, Any]:
+        signal_all(signal.SIGTERM)
+        return {"miou": 0.5, "pixel_accuracy": 0.5, "iou": {}}
+
+    interrupted = training(tmp_path, toy(), checkpoint_every=100, evaluate_every=2, validate=validate)
+    interrupted.runtime = replace(CPU, workers=2)
+    with pytest.raises(KeyboardInterrupt):
+        interrupted.run(pictures(tmp_path / "pictures"))
+    assert state_of(tmp_path / LAST)[1] == 2
 
 
 @pytest.mark.usefixtures("foreground")

@@ -107,14 +107,15 @@ def make_loader(
         num_workers=workers,
         persistent_workers=workers > 0,
         pin_memory=pin,
-        worker_init_fn=_outlive_ctrl_c,
+        worker_init_fn=_leave_stopping_to_the_training,
         generator=torch.Generator().manual_seed(seed_of(seed, "loader")),  # else it draws from the global one
     )
 
 
-def _outlive_ctrl_c(worker: int) -> None:
-    """A Ctrl-C reaches all processes; workers leave it to the training process, with which they end."""
+def _leave_stopping_to_the_training(worker: int) -> None:
+    """Ctrl-C, and the SIGTERM of some schedulers, reach all processes; workers end with the training process alone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

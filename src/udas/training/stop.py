@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
 
@@ -28,7 +28,8 @@ class StopWish:
 
     def __enter__(self) -> StopWish:
         if self.active:
-            self._handle(self._note, [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN])
+            heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self.earlier = {number: signal.signal(number, self._note) or signal.SIG_DFL for number in heard}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -38,20 +39,12 @@ class StopWish:
 
     def until(self, batches: Iterable[T]) -> Iterator[T]:
         """The batches until a stop is wanted."""
-        try:
-            for batch in batches:
-                yield batch
-                if self.wanted:
-                    return
-        except RuntimeError:  # PyTorch's, when a SIGTERM to all processes has ended those that load
-            if not self.wanted:
-                raise
-
-    def _handle(self, handler: Callable[[int, FrameType | None], None], numbers: Iterable[signal.Signals]) -> None:
-        self.earlier = {number: signal.signal(number, handler) or signal.SIG_DFL for number in numbers}
+        for batch in batches:
+            yield batch
+            if self.wanted:
+                return
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.wanted = True
         self.__exit__()
-        self._handle(lambda *_: None, [signal.SIGCHLD])  # else PyTorch ends the step when loading processes end
         os.write(2, MESSAGE)  # print is not safe in a signal handler
