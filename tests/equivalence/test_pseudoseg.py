@@ -341,6 +341,9 @@ def test_fused_labels_are_distributions_and_sharper_when_colder():
     torch.testing.assert_close(cold.sum(1), torch.ones(2, 4, 5))
     assert (cold.amax(1) >= warm.amax(1)).all()
     assert torch.equal(cold.argmax(1), warm.argmax(1))
+    frozen = fuse(first, second, 0.4, 1e-3)  # p^1000 is 0 in float32
+    torch.testing.assert_close(frozen.sum(1), torch.ones(2, 4, 5))
+    assert torch.equal(frozen.argmax(1), warm.argmax(1))
 
 
 def test_a_picture_keeps_its_own_scale_where_asked():

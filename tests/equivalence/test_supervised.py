@@ -174,6 +174,27 @@ def test_pictures_without_any_label_change_nothing():
     assert all(torch.equal(old, new) for old, new in zip(before, method.segmenter.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("weights", [{"weights": {"labelled": -1}}, {"class_weights": {"sky": -1}}])
+def test_nothing_is_unlearnt(weights):
+    with pytest.raises(ConfigError, match="greater than or equal to 0"):
+        make([Stream.LABELLED], **weights)
+
+
+def test_only_streams_with_labels_have_weights():
+    with pytest.raises(ConfigError, match="unlabelled pictures have no loss here"):
+        make([Stream.LABELLED], weights={"unlabelled": 1})
+
+
+def test_a_stream_of_weight_0_does_not_pass():
+    streams = [Stream.SOURCE, Stream.LABELLED]
+    method = make(streams, weights={"source": 0})
+    sizes = []
+    method.segmenter.encoder.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    seen = batch(0, streams)
+    assert advance(lend_engine(method), method, seen).keys() == {"labelled"}
+    assert len(sizes) == 1
+
+
 def test_class_weights_by_name():
     method = make({Stream.SOURCE}, class_weights={"sky": 4, "road": 0.25})
     assert method.class_weight.tolist() == [0.25, 1, 4]

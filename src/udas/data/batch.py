@@ -31,7 +31,7 @@ class Block:
     label: [B, H, W] int64 class ids or IGNORE; None in the unlabelled stream.
     confidence: [B, H, W] float32 in [0, 1]; only where pseudo-labels carry it.
     seeds: one 63-bit seed per picture, a function of (run seed, stream, draw): randomness of the step is drawn from it.
-    names: the pictures' names, for messages.
+    names: the pictures' names, for messages, and so that no picture is mixed with itself.
     """
 
     image: Tensor

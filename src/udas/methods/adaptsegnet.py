@@ -74,7 +74,7 @@ class AdaptSegNet(SegmentationMethod[OutputSpaceConfig]):
         assert target is not None
         with self.update("segmenter") as minimise:
             f_s = supervise(minimise, self.segmenter, source, self.domain, self.config.auxiliary)
-            if labelled is not None and self.config.labelled:
+            if labelled is not None:
                 supervise(minimise, self.segmenter, labelled, "labelled", self.config.auxiliary, self.config.labelled)
             f_t = self.segmenter.levels(target.image)
             minimise(self.critics.judge(f_t, REAL, self.lambda_adv), "adversarial")

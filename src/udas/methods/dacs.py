@@ -14,6 +14,7 @@ from udas.data.masks import classmix_masks
 from udas.data.mixing import inside_picture, paste, strong
 from udas.losses import outputs_cross_entropy, sure_share
 from udas.methods.base import Average, SegmentationMethod, Task
+from udas.methods.domains import supervise
 from udas.networks.segmenters import Segmenter
 
 BLUR = (0.15, 1.15)  # pixels; released code
@@ -67,15 +68,17 @@ class DACS(SegmentationMethod[DACSConfig]):
 
     def step(self, batch: Batch) -> None:
         """Train the student on source and on mixed pictures; then the teacher follows."""
-        source, labelled, target = batch.source, batch.labelled, batch.unlabelled
+        source, labelled, target, c = batch.source, batch.labelled, batch.unlabelled, self.config
         assert source is not None
         assert target is not None
         image, label, weight = self._mix(source, target)
         with self.update("segmenter") as minimise:
-            minimise(self._cross_entropy(source.image, source.label), "source")
+            supervise(minimise, self.segmenter, source, "source", c.auxiliary)
             if labelled is not None:
-                minimise(self.config.labelled * self._cross_entropy(labelled.image, labelled.label), "labelled")
-            minimise(self.config.consistency * self._cross_entropy(image, label, weight), "mixed")
+                supervise(minimise, self.segmenter, labelled, "labelled", c.auxiliary, c.labelled)
+            outputs = self.segmenter.levels(image)
+            loss = outputs_cross_entropy(outputs, label, pixel_weight=weight, auxiliary=c.auxiliary)
+            minimise(c.consistency * loss, "mixed")
         self.teacher.update(self.segmenter)
 
     @torch.no_grad()
@@ -92,8 +95,3 @@ class DACS(SegmentationMethod[DACSConfig]):
         image = paste(target.image, source.image[partner], mask)
         image = strong(image, target.seeds, j, j, j, j, c.jittered, grey=0.0, blurred=c.blurred, sigma=BLUR)
         return image, paste(label, source.label[partner], mask), torch.where(mask.squeeze(1), 1.0, quality)
-
-    def _cross_entropy(self, image: Tensor, label: Tensor | None, weight: Tensor | None = None) -> Tensor:
-        assert label is not None
-        outputs = self.segmenter.levels(image)
-        return outputs_cross_entropy(outputs, label, pixel_weight=weight, auxiliary=self.config.auxiliary)

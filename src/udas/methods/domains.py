@@ -34,8 +34,10 @@ def supervise(
     """Minimise weight (CE(main output) + auxiliary CE(further outputs)) of a labelled block, logged under `name`.
 
     Returns:
-        One detached [B, C, H, W] of logits per output, main output first.
+        One detached [B, C, H, W] of logits per output, main output first. With weight 0 none: the block does not pass.
     """
+    if weight == 0:
+        return []
     outputs = segmenter.levels(block.image)
     minimise(weight * label_loss(outputs, block, auxiliary), name)
     return [output.detach() for output in outputs]

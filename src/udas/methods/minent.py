@@ -52,7 +52,7 @@ class MinEnt(SegmentationMethod[MinEntConfig]):
         assert target is not None
         with self.update("segmenter") as minimise:
             supervise(minimise, self.segmenter, source, self.domain, self.config.auxiliary)
-            if labelled is not None and self.config.labelled:
+            if labelled is not None:
                 supervise(minimise, self.segmenter, labelled, "labelled", self.config.auxiliary, self.config.labelled)
             f_t = self.segmenter.levels(target.image)
             inside = inside_picture(target.image)

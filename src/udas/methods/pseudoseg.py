@@ -150,8 +150,7 @@ def fuse(first: Tensor, second: Tensor, gamma: float, temperature: float, per_pi
     power = (first.square() + second.square()) / 2
     scale = (power.mean((1, 2, 3), keepdim=True) if per_picture else power.mean()).add(1e-8).sqrt()
     fused = gamma * (first / scale).softmax(1) + (1 - gamma) * (second / scale).softmax(1)
-    sharp = fused.pow(1 / temperature)
-    return sharp / sharp.sum(1, keepdim=True)
+    return (fused.log() / temperature).softmax(1)  # p^(1/T) / sum p^(1/T), in which small T would leave 0 / 0
 
 
 def classes_in(label: Tensor, classes: int) -> Tensor:

@@ -54,7 +54,7 @@ class Rectified(SegmentationMethod[RectifiedConfig]):
         assert pseudo is not None
         with self.update("segmenter") as minimise:
             minimise(self._learn(pseudo), "pseudo")
-            if labelled is not None and self.config.labelled:
+            if labelled is not None:
                 supervise(minimise, self.segmenter, labelled, "labelled", self.config.auxiliary, self.config.labelled)
 
     def _learn(self, block: Block) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, NonNegativeFloat, field_validator
 from torch import Tensor
 
 from udas.config import SegmentationConfig, Share
@@ -20,8 +20,12 @@ class SupervisedConfig(SegmentationConfig):
     """Settings of supervised training."""
 
     name: Literal["supervised"] = "supervised"
-    weights: dict[Stream, float] = Field(default_factory=dict, description="weight of a stream's loss; 1 if not named")
-    class_weights: dict[str, float] = Field(default_factory=dict, description="w_c of a class by name; 1 if not named")
+    weights: dict[Stream, NonNegativeFloat] = Field(
+        default_factory=dict, description="weight of a stream's loss; 1 if not named, 0 leaves the stream out"
+    )
+    class_weights: dict[str, NonNegativeFloat] = Field(
+        default_factory=dict, description="w_c of a class by name; 1 if not named"
+    )
     hard_share: Share = Field(1.0, description="share of hardest pixels that count (OHEM); 1 = all")
     auxiliary: float = Field(
         0.1, ge=0, description="weight of the loss on auxiliary outputs, where the network has them"
@@ -29,6 +33,13 @@ class SupervisedConfig(SegmentationConfig):
     confidence: bool = Field(False, description="weight pseudo-labels by their confidence")
     strong: bool = Field(False, description="strong colour augmentation of the pseudo-labelled pictures, on the device")
     average: float | None = Field(None, gt=0, lt=1, description="decay of the running average of weights that is kept")
+
+    @field_validator("weights")
+    @classmethod
+    def _of_labels(cls, weights: dict[Stream, float]) -> dict[Stream, float]:
+        if Stream.UNLABELLED in weights:
+            raise ValueError("unlabelled pictures have no loss here")
+        return weights
 
 
 class Supervised(SegmentationMethod[SupervisedConfig]):
@@ -49,8 +60,8 @@ class Supervised(SegmentationMethod[SupervisedConfig]):
         """Minimise the weighted sum of the streams' cross-entropies."""
         with self.update("segmenter") as minimise:
             for stream in sorted(self.task.streams & self.optional):
-                weight = self.config.weights.get(stream, 1.0)
-                minimise(weight * self._loss(stream, getattr(batch, stream)), stream)
+                if weight := self.config.weights.get(stream, 1.0):
+                    minimise(weight * self._loss(stream, getattr(batch, stream)), stream)
         self.follow()
 
     def _loss(self, stream: Stream, block: Block) -> Tensor:
