@@ -17,7 +17,7 @@ from udas.data.masks import sized_boxes
 from udas.data.mixing import channel_dropout, strong
 from udas.data.sampling import seed_of
 from udas.errors import ConfigError
-from udas.methods.fixmatch import Believed, FixMatch, FixMatchConfig, believe, pseudo_loss, strong_view
+from udas.methods.fixmatch import FixMatch, FixMatchConfig, PseudoLabels, pseudo_labels, pseudo_loss, strong_view
 from udas.methods.unimatch import UniMatch, UniMatchConfig
 from udas.validation import validate
 
@@ -72,16 +72,16 @@ class Naive:
         main, *others = (naive_cross_entropy(output, label) for output in outputs)
         return main + self.c.auxiliary * sum(others)
 
-    def believed(self, logits):
+    def pseudo_labels(self, logits):
         p = logits.detach().exp() / logits.detach().exp().sum(1, keepdim=True)
         valid = torch.ones(len(p), *p.shape[2:], dtype=bool)
         valid[0, :, :10] = False
         return p.argmax(1), p.max(1).values, valid
 
-    def view(self, seen, seeds, believed):
+    def view(self, seen, seeds, pseudo):
         """Colours first; then a box of the next picture's colours, labels, confidences and validity."""
         colours = strong(seen.image, seeds)
-        planes = [colours, *believed]
+        planes = [colours, *pseudo]
         mixed = [plane.clone() for plane in planes]
         for b, seed in enumerate(seeds):
             other = (b + 1) % len(seeds)
@@ -91,8 +91,8 @@ class Naive:
                     result[b, ..., y, x] = plane[other, ..., y, x]
         return mixed[0], mixed[1:]
 
-    def loss(self, outputs, believed):
-        label, confidence, valid = believed
+    def loss(self, outputs, pseudo):
+        label, confidence, valid = pseudo
         total = 0.0
         for weight, logits in zip((1.0, self.c.auxiliary), outputs, strict=False):
             log_p = logits - logits.exp().sum(1, keepdim=True).log()
@@ -106,8 +106,8 @@ class NaiveFixMatch(Naive):
         known, seen, terms = batch.labelled, batch.unlabelled, self.source(batch)
         outputs, n = self.net.levels(torch.cat([known.image, seen.image])), len(known.image)
         terms["labelled"] = self.cross_entropy([logits[:n] for logits in outputs], known.label)
-        image, believed = self.view(seen, seen.seeds, self.believed(outputs[0][n:]))
-        return terms | {"strong": self.c.consistency * self.loss(self.net.levels(image), believed)}
+        image, pseudo = self.view(seen, seen.seeds, self.pseudo_labels(outputs[0][n:]))
+        return terms | {"strong": self.c.consistency * self.loss(self.net.levels(image), pseudo)}
 
 
 class NaiveUniMatch(Naive):
@@ -120,21 +120,21 @@ class NaiveUniMatch(Naive):
             drawn = channel_dropout(torch.ones_like(maps[k]), known.seeds + seen.seeds, c.dropout, str(k - 1))
             left[k] = maps[k] * (drawn > 0) / (1 - c.dropout)
         m = len(images)
-        if c.apart:
+        if c.separate_decoding:
             dropped = self.decoded([entry[n:] for entry in left])
             outputs = self.decoded(maps)
         else:
             outputs = self.decoded([torch.cat(pair) for pair in zip(maps, left, strict=True)])
             dropped = [logits[m + n :] for logits in outputs]
         terms["labelled"] = self.cross_entropy([logits[:n] for logits in outputs], known.label)
-        believed = self.believed(outputs[0][n:m])
-        terms["features"] = c.features * self.loss(dropped, believed)
-        image_1, believed_1 = self.view(seen, seen.seeds, believed)
-        image_2, believed_2 = self.view(seen, [seed_of(seed, "second") for seed in seen.seeds], believed)
+        pseudo = self.pseudo_labels(outputs[0][n:m])
+        terms["features"] = c.features * self.loss(dropped, pseudo)
+        image_1, pseudo_1 = self.view(seen, seen.seeds, pseudo)
+        image_2, pseudo_2 = self.view(seen, [seed_of(seed, "second") for seed in seen.seeds], pseudo)
         both = self.net.levels(torch.cat([image_1, image_2]))
         n = len(image_1)
-        terms["strong 1"] = c.images * self.loss([logits[:n] for logits in both], believed_1)
-        terms["strong 2"] = c.images * self.loss([logits[n:] for logits in both], believed_2)
+        terms["strong 1"] = c.images * self.loss([logits[:n] for logits in both], pseudo_1)
+        terms["strong 2"] = c.images * self.loss([logits[n:] for logits in both], pseudo_2)
         return terms
 
     def decoded(self, maps):
@@ -151,7 +151,7 @@ CASES = {
 }
 WEIGHTS = {
     "fixmatch": {"consistency": 0.6},
-    "unimatch": {"images": 0.3, "features": 0.7, "dropout": 0.3, "apart": True},
+    "unimatch": {"images": 0.3, "features": 0.7, "dropout": 0.3, "separate_decoding": True},
 }
 
 
@@ -177,32 +177,32 @@ def test_the_defaults_are_the_published_ones():
     shared = {"threshold": 0.95, "cutmix": 0.5, "share": (0.02, 0.4)}
     assert FixMatchConfig().model_dump(exclude=OURS) == shared | {"consistency": 1}
     weights = {"images": 0.25, "features": 0.5, "dropout": 0.5}
-    assert UniMatchConfig().model_dump(exclude=OURS) == shared | weights | {"apart": False}
+    assert UniMatchConfig().model_dump(exclude=OURS) == shared | weights | {"separate_decoding": False}
 
 
 def test_the_strong_view_is_the_published_one():
     """Jitter 0.5, 0.5, 0.5 and 0.25 with probability 0.8, grey 0.2, blur 0.5 of sigma 0.1 to 2, in this order."""
     seen = block(1, 8, labelled=False)
-    believed = believe(torch.zeros(8, C, 33, 48), seen.image)
-    image, _ = strong_view(seen, seen.seeds, believed, FixMatchConfig(cutmix=0))
+    pseudo = pseudo_labels(torch.zeros(8, C, 33, 48), seen.image)
+    image, _ = strong_view(seen, seen.seeds, pseudo, FixMatchConfig(cutmix=0))
     assert torch.equal(image, strong(seen.image, seen.seeds, 0.5, 0.5, 0.5, 0.25, 0.8, 0.2, 0.5, (0.1, 2.0)))
 
 
 def test_the_mean_is_over_all_pixels_inside_the_picture():
-    """Of 100 pixels 20 are outside and 40 sure: log 2 from 40 of 80, not of 40 or 100."""
+    """Of 100 pixels 20 are outside and 40 confident: log 2 from 40 of 80, not of 40 or 100."""
     confidence, image = torch.full((1, 10, 10), 0.5), torch.ones(1, 3, 10, 10)
     image[..., :2] = 0
     confidence[..., 6:] = 0.96
-    label = believe(torch.zeros(1, 2, 10, 10), image).label
+    label = pseudo_labels(torch.zeros(1, 2, 10, 10), image).label
     assert (label == IGNORE).sum() == 20
-    loss = pseudo_loss([torch.zeros(1, 2, 10, 10)], Believed(label, confidence), FixMatchConfig(threshold=0.95))
+    loss = pseudo_loss([torch.zeros(1, 2, 10, 10)], PseudoLabels(label, confidence), FixMatchConfig(threshold=0.95))
     assert loss.item() == pytest.approx(math.log(2) / 2)
 
 
 def test_a_view_is_mixed_with_the_next_picture_and_so_are_its_labels():
     config, seen = FixMatchConfig(cutmix=1), block(1, 3, labelled=False)
     flat = torch.arange(3).view(3, 1, 1).expand(3, 33, 48)
-    image, (label, confidence) = strong_view(seen, seen.seeds, Believed(flat, flat / 4), config)
+    image, (label, confidence) = strong_view(seen, seen.seeds, PseudoLabels(flat, flat / 4), config)
     box, colours = sized_boxes(seen.seeds, 33, 48), strong(seen.image, seen.seeds)
     assert torch.equal(image, torch.where(box, colours[[1, 2, 0]], colours))
     assert torch.equal(label, torch.where(box[:, 0], (flat + 1) % 3, flat))
@@ -226,9 +226,9 @@ def test_labels_come_from_the_weak_view(name, monkeypatch):
     """And not from the view that learns them, which is taken for something else."""
     method, seen, learnt = make(name, network="deeplabv2", cutmix=0), batch(0), []
 
-    def loss(outputs, believed, config):
-        learnt.append((outputs[0].detach(), believed))
-        return pseudo_loss(outputs, believed, config)
+    def loss(outputs, pseudo, config):
+        learnt.append((outputs[0].detach(), pseudo))
+        return pseudo_loss(outputs, pseudo, config)
 
     monkeypatch.setattr(f"udas.methods.{name}.pseudo_loss", loss)
     with torch.no_grad():
@@ -237,10 +237,24 @@ def test_labels_come_from_the_weak_view(name, monkeypatch):
     label[0, :, :10] = IGNORE
     advance(lend_engine(method), method, seen)
     assert len(learnt) == (1 if name == "fixmatch" else 3)
-    for logits, believed in learnt:
-        assert torch.equal(believed.label, label)
-        torch.testing.assert_close(believed.confidence, confidence)
+    for logits, pseudo in learnt:
+        assert torch.equal(pseudo.label, label)
+        torch.testing.assert_close(pseudo.confidence, confidence)
         assert (logits.argmax(1) != label)[label != IGNORE].float().mean() > 0.02
+
+
+@pytest.mark.parametrize(("network", "features"), [("deeplabv3plus", [1, 2, 3, 4, 5]), ("segnet", [5])])
+def test_features_lose_channels_and_nothing_else_does(network, features):
+    """The picture and the maps in which SegNet finds its pooling positions reach the decoder as they are."""
+    method, seen, decoded = make("unimatch", network=network, separate_decoding=True), batch(0), []
+    decode, seeds = method.segmenter.decode, (*seen.labelled.seeds, *seen.unlabelled.seeds)
+    method.segmenter.decode = lambda pyramid, image: decoded.append(pyramid) or decode(pyramid, image)
+    advance(lend_engine(method), method, seen)
+    dropped, whole, _ = decoded
+    for k, (found, entry) in enumerate(zip(dropped, whole, strict=True)):
+        expected = channel_dropout(entry, seeds, 0.5, str(k - 1)) if k in features else entry
+        assert torch.equal(found, expected[len(seen.labelled.image) :])
+        assert (k in features) != torch.equal(expected, entry)
 
 
 @both
@@ -266,8 +280,8 @@ def test_a_picture_is_never_mixed_with_another_crop_of_itself(name):
 
 
 @both
-def test_unsure_pixels_teach_nothing(name):
-    """With no sure pixel the step is that of supervised training at half the weight."""
+def test_pixels_below_the_threshold_teach_nothing(name):
+    """With no confident pixel the step is that of supervised training at half the weight."""
     method, seen = make(name, threshold=1.0, network="deeplabv2"), batch(0)
     net = copy.deepcopy(method.segmenter)
     losses = advance(lend_engine(method), method, seen)

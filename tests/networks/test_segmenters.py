@@ -55,6 +55,23 @@ def test_representation_and_features_cover_the_picture(name):
         assert width in (194 // stride, -(-194 // stride))
 
 
+@pytest.mark.parametrize(
+    ("name", "encoder", "entries"),
+    [
+        ("deeplabv3plus", SMALL, [1, 2, 3, 4, 5]),
+        ("unet", "vgg11_bn", [0, 1, 2, 3, 4, 5]),  # features at the picture's size
+        ("unet", "test_convnext", [2, 3, 4, 5]),  # nothing at stride 2
+        ("segnet", SMALL, [5]),
+    ],
+)
+def test_features_are_neither_the_picture_nor_gaps_nor_pooling_positions(name, encoder, entries):
+    network = build(name, encoder=encoder)
+    with torch.no_grad():
+        pyramid = network.encode(picture(2, 64, 64))
+    assert len(pyramid) == 6
+    assert network.feature_entries(pyramid) == entries
+
+
 def test_parameters_are_split_without_rest():
     network = build()
     split = [*network.encoder_parameters(), *network.decoder_parameters()]

@@ -27,7 +27,7 @@ class WeakToStrongConfig(SegmentationConfig):
     threshold: Share = Field(0.95, description="tau, confidence from which a pseudo-label counts; Cityscapes: 0")
     cutmix: Share = Field(0.5, description="probability that a box of another picture is pasted on a strong view")
     share: tuple[Share, Share] = Field((0.02, 0.4), description="area of that box as a share of the picture: from, to")
-    source: float = Field(1.0, ge=0, description="weight of L_s, the cross-entropy on synthetic pictures, where given")
+    source: float = Field(1.0, ge=0, description="weight of the cross-entropy on synthetic pictures, where given")
     auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
 
 
@@ -52,8 +52,8 @@ class FixMatchConfig(WeakToStrongConfig):
     consistency: float = Field(1.0, ge=0, description="weight of L_u, the loss on strong views")
 
 
-class Believed(NamedTuple):
-    """What unlabelled pictures are taken for.
+class PseudoLabels(NamedTuple):
+    """Pseudo-labels of unlabelled pictures.
 
     label: [B, H, W] int64; IGNORE beyond the picture.
     confidence: [B, H, W] in [0, 1].
@@ -68,14 +68,15 @@ class FixMatch(WeakToStrong[FixMatchConfig]):
 
     x_l, y_l: labelled pictures; x_u: unlabelled ones as the loader gives them (the weak view); f: the network.
 
-        p    = softmax f(x_u), no gradient;  y = argmax_c p_c
-        A    = colour jitter, greyscale and blur at random, then CutMix: with probability `cutmix` a box of another
-               picture's A, y and p moved likewise
-        L_u  = sum over pixels of [max_c p_c >= tau] CE(f(A x_u), y) / number of pixels inside the picture
-        L    = (CE(f(x_l), y_l) + consistency L_u   + source CE(f(x_s), y_s)) / 2
+        p      = softmax f(x_u), no gradient;  y = argmax_c p_c
+        A      = colour jitter, greyscale and blur at random, then CutMix: with probability `cutmix` a box of another
+                 picture's A, y and p moved likewise
+        L_u(z) = sum over pixels of [max_c p_c >= tau] CE(z, y) / number of pixels inside the picture
+        L      = (CE(f(x_l), y_l) + consistency L_u(f(A x_u))   + source CE(f(x_s), y_s)) / 2
 
-    Unsure pixels are in the denominator, so that L_u grows with the share of sure ones. The other picture is the next
-    one of the batch. x_l and x_u pass together, so that batch norms see one batch of both, as in the released code.
+    Pixels below tau are in the denominator, so that L_u grows with the share of confident ones. The other picture is
+    the next one of the batch. x_l and x_u pass together, so that batch norms see one batch of both, as in the released
+    code.
     """
 
     settings = FixMatchConfig
@@ -89,9 +90,9 @@ class FixMatch(WeakToStrong[FixMatchConfig]):
             learn_source(minimise, self.segmenter, batch, c)
             outputs = self.segmenter.levels(together(labelled, target))
             minimise(HALF * label_loss(outputs, labelled, c.auxiliary), "labelled")
-            believed = believe(outputs[0].detach()[len(labelled.image) :], target.image)
-            image, believed = strong_view(target, target.seeds, believed, c)
-            loss = pseudo_loss(self.segmenter.levels(image), believed, c)
+            pseudo = pseudo_labels(outputs[0].detach()[len(labelled.image) :], target.image)
+            image, pseudo = strong_view(target, target.seeds, pseudo, c)
+            loss = pseudo_loss(self.segmenter.levels(image), pseudo, c)
             minimise(HALF * c.consistency * loss, "strong")
 
 
@@ -101,21 +102,21 @@ def learn_source(minimise: Minimise, segmenter: Segmenter, batch: Batch, config:
         supervise(minimise, segmenter, batch.source, "source", config.auxiliary, HALF * config.source)
 
 
-def believe(logits: Tensor, image: Tensor) -> Believed:
+def pseudo_labels(logits: Tensor, image: Tensor) -> PseudoLabels:
     """Classes and confidences from logits [B, C, H, W] of pictures [B, 3, H, W] as the loader gave them."""
     confidence, label = logits.softmax(1).max(1)
-    return Believed(torch.where(inside_picture(image), label, IGNORE), confidence)
+    return PseudoLabels(torch.where(inside_picture(image), label, IGNORE), confidence)
 
 
 def strong_view(
-    block: Block, seeds: Sequence[int], believed: Believed, config: WeakToStrongConfig
-) -> tuple[Tensor, Believed]:
-    """A strong view A of the pictures, [B, 3, H, W], and what is believed of its pixels.
+    block: Block, seeds: Sequence[int], pseudo: PseudoLabels, config: WeakToStrongConfig
+) -> tuple[Tensor, PseudoLabels]:
+    """A strong view A of the pictures, [B, 3, H, W], and its pseudo-labels.
 
     Args:
         block: the weak view.
         seeds: one seed per picture; other seeds give another, independent view.
-        believed: what is believed of the weak view.
+        pseudo: pseudo-labels of the weak view.
         config: probability and area of boxes.
 
     Raises:
@@ -123,14 +124,14 @@ def strong_view(
     """
     image = strong(block.image, seeds)
     if not config.cutmix:
-        return image, believed
+        return image, pseudo
     other = partners(block.names, image.device)
     box = sized_boxes(seeds, image.shape[-2], image.shape[-1], config.share, config.cutmix, image.device)
-    image, label, confidence = (paste(plane, plane[other], box) for plane in (image, *believed))
-    return image, Believed(label, confidence)
+    image, label, confidence = (paste(plane, plane[other], box) for plane in (image, *pseudo))
+    return image, PseudoLabels(label, confidence)
 
 
-def pseudo_loss(outputs: Sequence[Tensor], believed: Believed, config: WeakToStrongConfig) -> Tensor:
-    """Cross-entropy of sure pseudo-labels, divided by the number of all pixels inside the pictures."""
-    sure = (believed.confidence >= config.threshold).float()
-    return outputs_cross_entropy(outputs, believed.label, pixel_weight=sure, auxiliary=config.auxiliary)
+def pseudo_loss(outputs: Sequence[Tensor], pseudo: PseudoLabels, config: WeakToStrongConfig) -> Tensor:
+    """L_u: cross-entropy of confident pseudo-labels, divided by the number of all pixels inside the pictures."""
+    confident = (pseudo.confidence >= config.threshold).float()
+    return outputs_cross_entropy(outputs, pseudo.label, pixel_weight=confident, auxiliary=config.auxiliary)

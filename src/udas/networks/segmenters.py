@@ -39,12 +39,14 @@ class Recipe:
     strides: output strides it can have; the first is the one it was published with.
     multiple: pictures are padded to multiples of `multiple` times the output stride; 0 = any size works as it is.
     encoder: the only encoder it can have, if so.
+    first_feature: the first entry of the pyramid that is features to the decoder, not just positions; -1 = the last.
     """
 
     parts: Parts
     strides: tuple[int, ...]
     multiple: int = 0
     encoder: str | None = None
+    first_feature: int = 0
 
 
 def _fcn(encoder: str, stride: int, classes: int) -> tuple[nn.Module, Decoder]:
@@ -84,7 +86,7 @@ def _library(name: str, strides: tuple[int, ...] = (32,), multiple: int = 1) -> 
 
 SEGMENTERS = {
     "fcn": Recipe(_fcn, (32, 16, 8)),
-    "segnet": Recipe(_segnet, (32,), encoder=segnet.ENCODER),
+    "segnet": Recipe(_segnet, (32,), encoder=segnet.ENCODER, first_feature=segnet.FIRST_FEATURE),
     "deeplabv2": _dilated(FOUR_BRANCHES, two_levels=False),
     "deeplabv2_2branch": _dilated(TWO_BRANCHES, two_levels=False),
     "deeplabv2_multi": _dilated(FOUR_BRANCHES, two_levels=True),
@@ -104,6 +106,8 @@ SEGMENTERS = {
     "unetplusplus": _library("unetplusplus"),
     "upernet": _library("upernet"),
 }
+
+NO_FEATURES = (0, 3)  # channels of a pyramid's entry that fills a gap, and of the picture
 
 
 class Outputs(NamedTuple):
@@ -171,7 +175,11 @@ class Segmenter(nn.Module):
         return self.decode(self.encode(image), image)
 
     def encode(self, image: Tensor) -> list[Tensor]:
-        """The feature maps that `decode` takes, entry k at stride min(2^k, output stride); entry 0 is the picture."""
+        """The pyramid that `decode` takes: entry k is [B, D_k, h_k, w_k], at stride min(2^k, output stride).
+
+        Entry 0 is the normalised picture, or with encoders such as VGG a feature map at its size; an entry without
+        channels fills a gap. `feature_entries` says which ones are features.
+        """
         image = (image - self.mean) / self.std
         image = image.flip(1) if self.bgr else image
         height, width = self._padded(image)
@@ -179,6 +187,14 @@ class Segmenter(nn.Module):
             image = F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]))
         pyramid: list[Tensor] = self.encoder(image)
         return pyramid
+
+    def feature_entries(self, pyramid: Sequence[Tensor]) -> list[int]:
+        """Indices k of the entries that are features to the decoder, ascending.
+
+        Without the picture, gaps, and the entries from which SegNet takes nothing but positions for unpooling.
+        """
+        first = SEGMENTERS[self.config.name].first_feature
+        return [k for k in range(len(pyramid))[first:] if pyramid[k].shape[1] not in NO_FEATURES]
 
     def decode(self, pyramid: list[Tensor], image: Tensor) -> Outputs:
         """The outputs from feature maps that `encode` made of pictures of this size, changed or not."""

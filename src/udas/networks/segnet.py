@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from udas.networks.decoder import Decoder
 
 ENCODER = "vgg16_bn"
+FIRST_FEATURE = -1  # the entries before give pooling indices only
 CONVOLUTIONS = (3, 3, 3, 2, 1)  # per decoder stage, from deep to shallow; the classifier is the last one of the mirror
 
 
@@ -36,6 +37,7 @@ class SegNet(Decoder):
 
     Its pyramid holds the maps before the five poolings (strides 1, 2, 4, 8, 16) and the last pooled one. The indices
     are found by pooling these maps once more: cheaper than carrying them beside the features, and the same positions.
+    The pooled map is thus the only entry that is read as features.
     """
 
     def __init__(self, channels: Sequence[int], classes: int) -> None:

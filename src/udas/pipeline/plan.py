@@ -31,7 +31,7 @@ NEUTRAL: dict[str, Any] = {
     "horizon": None,
     "plain": None,
     "norm_eps": None,
-    "apart": False,
+    "separate_decoding": False,
 }
 """Settings that joined format 1 later, with the value that changes nothing: there fingerprints leave them out."""
 
