@@ -85,7 +85,7 @@ class MRNet(SegmentationMethod[MRNetConfig]):
         with self.update("segmenter") as minimise:
             z_s = self.segmenter.levels(source.image)
             minimise(self._learn(z_s, source), "source")
-            if labelled is not None and c.labelled:
+            if labelled is not None:
                 supervise(minimise, self.segmenter, labelled, "labelled", c.auxiliary, c.labelled)
             if c.adversarial or c.memory:
                 z_t = self.segmenter.levels(target.image)
