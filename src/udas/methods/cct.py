@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 import torch.nn.functional as F
@@ -26,7 +26,7 @@ from udas.networks.pixel_shuffle import PixelShuffleHead
 from udas.networks.segmenters import Segmenter
 
 OBJECTS = 64  # boxes per picture that are cut at most; the largest ones
-SIDE = 64  # pixels of the picture that tells a network's stride; a multiple of all strides
+SIDE = 256  # pixels of the picture that tells a network's stride; no decoder needs more
 
 
 class Decoders(Config):
@@ -54,12 +54,14 @@ class CCTConfig(SegmentationConfig):
     supervised: Literal["cross_entropy", "bootstrapped"] = Field(
         "cross_entropy", description="L_s: plain, or annealed and bootstrapped (ab-CE): sure pixels do not count"
     )
-    threshold: Share = Field(0.9, description="ab-CE: eta at the end of its growth, from 1 / C on")
-    annealing: Share = Field(0.4, description="ab-CE: share of the training in which eta grows")
+    threshold: Share = Field(0.9, description="eta of bootstrapped L_s at the end of its growth, from 1 / C on")
+    annealing: Share = Field(0.4, description="share of the training in which eta of bootstrapped L_s grows")
     source: float = Field(1.0, ge=0, description="weight of cross-entropy on synthetic pictures, if given")
     auxiliary: float = Field(0.1, ge=0, description="weight of auxiliary outputs on labels, where the network has them")
     drop: float = Field(0.5, ge=0, lt=1, description="Drop: probability that a channel is lost")
-    active: tuple[float, float] = Field((0.7, 0.9), description="F-Drop: range of the threshold, times the maximum")
+    active: tuple[Share, Share] = Field(
+        (0.7, 0.9), description="F-Drop: range of the threshold as a share of the maximum"
+    )
     strength: float = Field(0.3, ge=0, description="F-Noise: n ~ U(-strength, strength)")
     erase: Share = Field(0.4, description="G-Cutout: sides of the window, as shares of the object's")
     outline: float = Field(50.0, ge=0, description="G-Cutout: pixels of outline above which a region is an object")
@@ -191,8 +193,9 @@ class CCT(SegmentationMethod[CCTConfig]):
                 return perturbations.hide_context(z, guide.objects)
             case "objects":
                 return perturbations.hide_objects(z, guide.objects)
-            case _:
+            case "adversarial":
                 return perturbations.add_adversarial(z, head, c.adversarial)
+        raise AssertionError(f"no perturbation {kind}")
 
 
 def unsure_labels(logits: Tensor, label: Tensor, threshold: Tensor) -> Tensor:
@@ -214,9 +217,15 @@ def _members(names: Sequence[str], task: Task) -> Tensor:
 
 
 def _stride(segmenter: Segmenter) -> int:
-    """How many times smaller than a picture the network's representation is: a power of 2."""
+    """How many times smaller than a picture the network's representation is: a power of 2.
+
+    The decoder is asked, with features that are all zero, since some encoders take pictures of one size alone.
+    """
+    encoder: Any = segmenter.encoder
+    sides = [SIDE // min(2**k, segmenter.config.output_stride or 1) for k in range(len(encoder.out_channels))]
+    pyramid = [segmenter.mean.new_zeros(1, *shape) for shape in zip(encoder.out_channels, sides, sides, strict=True)]
     training = segmenter.training
     with torch.no_grad():
-        z = segmenter.eval().representation(segmenter.mean.new_zeros(1, 3, SIDE, SIDE))
+        z = segmenter.eval().decoder.represent(pyramid)
     segmenter.train(training)
     return SIDE // z.shape[-1]
