@@ -18,11 +18,11 @@ from udas.errors import ConfigError
 from udas.methods.gct import (
     GCT,
     GCTConfig,
-    Opinion,
+    Prediction,
     exchange,
     ground_truth,
-    handled,
     kernel_size,
+    postprocess_flaws,
     with_new_head,
 )
 from udas.networks.encoders import batch_norms
@@ -89,7 +89,7 @@ class Naive:
         outputs = [net.levels(image) for net in self.nets]
         p = [output[0].exp() / output[0].exp().sum(1, keepdim=True) for output in outputs]
         flaws = [self.detector(image, each) for each in p]
-        targets, wrong = self.targets([each.detach() for each in p], [handle(each.detach()) for each in flaws])
+        targets, mask = self.targets([each.detach() for each in p], [postprocess(each.detach()) for each in flaws])
         inside = torch.ones(len(image), *image.shape[2:], dtype=torch.bool)
         inside[0, 21:], inside[count, :, :6] = False, False
         ramp = math.exp(-5 * (1 - min(1, t / max(1, round(c.ramp_up * STEPS)))) ** 2) if c.ramp_up else 1
@@ -98,7 +98,7 @@ class Naive:
             mine = {
                 "labelled": labels[0] + c.auxiliary * sum(labels[1:]),
                 "consistency": ramp * c.consistency * ((p[k] - targets[k]).movedim(1, -1)[inside] ** 2).mean(),
-                "correction": c.correction * (flaws[k][wrong & inside[:, None]] ** 2).sum() / inside.sum(),
+                "correction": c.correction * (flaws[k][mask & inside[:, None]] ** 2).sum() / inside.sum(),
             }
             if batch.source:
                 losses = [
@@ -116,25 +116,25 @@ class Naive:
 
     def targets(self, p, flaws):
         xi, targets = self.config.threshold, [each.clone() for each in p]
-        wrong = torch.zeros(flaws[0].shape, dtype=torch.bool)
+        mask = torch.zeros(flaws[0].shape, dtype=torch.bool)
         for b, _, y, x in torch.ones_like(flaws[0]).nonzero().tolist():
             left, right = (1.0 if flaw > xi else flaw for flaw in (each[b, 0, y, x].item() for each in flaws))
             if right < left:
                 targets[0][b, :, y, x] = p[1][b, :, y, x]
             if left < right:
                 targets[1][b, :, y, x] = p[0][b, :, y, x]
-            wrong[b, 0, y, x] = left == 1.0 and right == 1.0
+            mask[b, 0, y, x] = left == 1.0 and right == 1.0
         self.moved.append(
             [(target != own).any(1).float().mean().item() for target, own in zip(targets, p, strict=True)]
         )
-        self.corrected.append(wrong.float().mean().item())
-        return targets, wrong
+        self.corrected.append(mask.float().mean().item())
+        return targets, mask
 
     def detection(self, image, p, label):
         c, found = self.config, self.detector(image, p)
         squares = []
         for b in range(len(label)):
-            squares.append((found[b, 0] - pipeline(p[b], label[b], c.mu, c.nu)) ** 2)
+            squares.append((found[b, 0] - pipeline(p[b], label[b], c.nu)) ** 2)
         return c.detection * sum(square.sum() for square in squares) / (2 * label.numel())
 
 
@@ -178,18 +178,18 @@ def stretched(plane):
     return (plane - plane.min()) / (plane.max() - plane.min() + 1e-9)
 
 
-def pipeline(p, label, mu, nu):
+def pipeline(p, label, nu):
     plane = torch.zeros(label.shape, dtype=p.dtype)
     for k in range(len(p)):
         plane += ((label == k).float() - p[k]).abs()
     plane[label == IGNORE] = 0
-    plane = gaussian(mu * plane, 8)
+    plane = gaussian(plane / 2, 8)
     for _ in range(nu):
         plane = gaussian(dilated(plane), 4)
     return stretched(plane)
 
 
-def handle(flaws):
+def postprocess(flaws):
     maps = []
     for (plane,) in flaws:
         plane = gaussian(torch.where(plane < 0, 0.0, plane), 16)
@@ -206,7 +206,7 @@ CASES = {
         3,
         {"consistency": 30, "correction": 3, "detection": 2, "ramp_up": 0, "threshold": 0.3},
     ),
-    "another ground truth": (SSL, 2, 1, {"mu": 0.3, "nu": 2, "batch_share": 0.25}),
+    "another ground truth": (SSL, 2, 1, {"nu": 2, "batch_share": 0.25}),
     "no flaw correction": (SSL, 2, 2, {"correction": 0}),
     "two levels": (ALL, 2, 2, {"network": "deeplabv2_multi", "auxiliary": 0.3}),
 }
@@ -238,7 +238,6 @@ def test_the_defaults_are_the_published_ones():
         "detection": 10,
         "threshold": 0.6,
         "ramp_up": 0.15,
-        "mu": 0.5,
         "nu": 1,
         "detector_width": 64,
         "detector_stages": 4,
@@ -317,12 +316,12 @@ def test_the_consistency_grows_and_then_stays():
 # -------------------------------------------------------------------------------------------------------- flaw maps
 
 
-def opinion(flaws, share):
+def predicted(flaws, share):
     """A network that gives the first class this share everywhere; flaws of a row of pixels, each 40 x 40 wide."""
     wide = torch.tensor(flaws).repeat_interleave(40)[None, None, None].expand(1, 1, 40, -1)
     probabilities = torch.empty(1, 2, *wide.shape[2:])
     probabilities[:, 0], probabilities[:, 1] = share, 1 - share
-    return Opinion((), probabilities, wide)
+    return Prediction((), probabilities, wide)
 
 
 def middles(maps):
@@ -330,39 +329,39 @@ def middles(maps):
 
 
 def test_the_less_flawed_prediction_is_learnt_and_the_own_one_where_both_are_equal():
-    left = opinion([0.0, 0.2, 0.5, 0.9, 0.7, 1.0], 0.8)
-    right = opinion([0.0, 0.5, 0.2, 0.3, 1.0, 0.9], 0.1)
-    target_l, target_r, wrong = exchange(left, right, 0.6)
+    left = predicted([0.0, 0.2, 0.5, 0.9, 0.7, 1.0], 0.8)
+    right = predicted([0.0, 0.5, 0.2, 0.3, 1.0, 0.9], 0.1)
+    target_l, target_r, mask = exchange(left, right, 0.6)
     assert middles(target_l) == pytest.approx([0.8, 0.8, 0.1, 0.1, 0.8, 0.8])
     assert middles(target_r) == pytest.approx([0.1, 0.8, 0.1, 0.1, 0.1, 0.1])
-    assert middles(wrong) == [False, False, False, False, True, True]
+    assert middles(mask) == [False, False, False, False, True, True]
     assert not target_l.requires_grad
 
 
 def test_maps_are_clipped_and_scaled_each_by_itself():
-    maps = torch.cat([opinion([-2.0, 0.2, 0.4], 1).flaws, opinion([1.0, 2.0, 5.0], 1).flaws])
-    assert middles(handled(maps)) == pytest.approx([0, 0.5, 1], abs=1e-6)
-    assert middles(handled(maps)[1:]) == pytest.approx([0, 0.25, 1], abs=1e-6)
+    maps = torch.cat([predicted([-2.0, 0.2, 0.4], 1).flaws, predicted([1.0, 2.0, 5.0], 1).flaws])
+    assert middles(postprocess_flaws(maps)) == pytest.approx([0, 0.5, 1], abs=1e-6)
+    assert middles(postprocess_flaws(maps)[1:]) == pytest.approx([0, 0.25, 1], abs=1e-6)
 
 
 def test_a_map_without_flaw_is_zero():
     """The released code leaves a constant below zero, by which one of two flawless networks would win everywhere."""
-    maps = torch.cat([opinion([0.05, 0.08, -3.0], 1).flaws, opinion([0.05, 0.12, 0.08], 1).flaws])
-    assert not handled(maps)[0].any()
-    assert handled(maps)[1].max() == pytest.approx(1)
+    maps = torch.cat([predicted([0.05, 0.08, -3.0], 1).flaws, predicted([0.05, 0.12, 0.08], 1).flaws])
+    assert not postprocess_flaws(maps)[0].any()
+    assert postprocess_flaws(maps)[1].max() == pytest.approx(1)
 
 
 def test_flaw_maps_are_clipped_then_blurred_and_then_scaled():
     """At 64 pixels the kernel of side / 16 has 5 x 5, and that of other parts another size."""
     maps = torch.randn(3, 1, 64, 80, dtype=torch.double, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(handled(maps), handle(maps), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(postprocess_flaws(maps), postprocess(maps), rtol=1e-6, atol=1e-8)
 
 
 def test_a_flaw_reaches_its_neighbours_and_a_faint_one_of_a_pixel_is_none():
     """The kernel is 5 x 5, sigma 1.1: of 0.6 in one pixel 0.08 is left, of 0.9 0.12; up to 0.1 a map has no flaw."""
     maps = torch.zeros(2, 1, 64, 64)
     maps[0, 0, 30, 20], maps[1, 0, 30, 20] = 0.6, 0.9
-    faint, clear = handled(maps)
+    faint, clear = postprocess_flaws(maps)
     assert not faint.any()
     expected = [math.exp(-(i * i) / (2 * 1.1**2)) for i in (0, 1, 2)]
     assert clear[0, 30, 20:24].tolist() == pytest.approx([*expected, 0], rel=1e-4)
@@ -371,10 +370,10 @@ def test_a_flaw_reaches_its_neighbours_and_a_faint_one_of_a_pixel_is_none():
 # ----------------------------------------------------------------------------------------------------- ground truth
 
 
-def prediction(label, wrong):
+def probabilities(label, wrong):
     """Certain and right, but for the `wrong` pixels, which are certain to be of the next class."""
-    said = torch.where(wrong, (label + 1) % len(CLASSES.classes), label)
-    return F.one_hot(said, len(CLASSES.classes)).movedim(-1, 1).float()
+    classes = torch.where(wrong, (label + 1) % len(CLASSES.classes), label)
+    return F.one_hot(classes, len(CLASSES.classes)).movedim(-1, 1).float()
 
 
 def square(height=64, width=96, at=(10, 60), side=12):
@@ -385,7 +384,7 @@ def square(height=64, width=96, at=(10, 60), side=12):
 
 def test_the_truth_peaks_where_the_prediction_is_wrong():
     label = torch.randint(0, 3, (1, 64, 96), generator=torch.Generator().manual_seed(0))
-    truth = ground_truth(prediction(label, square()), label, 0.5, 1)[0, 0]
+    truth = ground_truth(probabilities(label, square()), label, 1)[0, 0]
     assert (truth.min(), truth.max()) == (0, pytest.approx(1))
     y, x = divmod(truth.argmax().item(), 96)
     assert (abs(y - 15.5) < 4, abs(x - 65.5) < 4) == (True, True)
@@ -394,16 +393,16 @@ def test_the_truth_peaks_where_the_prediction_is_wrong():
 
 def test_repetitions_widen_the_flaws():
     label = torch.zeros(1, 64, 96, dtype=torch.long)
-    areas = [(ground_truth(prediction(label, square()), label, 0.5, nu) > 0.1).sum().item() for nu in (0, 1, 2)]
+    areas = [(ground_truth(probabilities(label, square()), label, nu) > 0.1).sum().item() for nu in (0, 1, 2)]
     assert areas[0] < areas[1] < areas[2]
 
 
 def test_pixels_without_a_label_are_no_flaws():
     """All-zero one-hot vectors would make them half wrong."""
     label = torch.zeros(1, 64, 96, dtype=torch.long)
-    p = prediction(label, square())
+    p = probabilities(label, square())
     label[:, 40:] = IGNORE
-    assert ground_truth(p, label, 0.5, 1)[0, 0, 50:].max() < 1e-3
+    assert ground_truth(p, label, 1)[0, 0, 50:].max() < 1e-3
 
 
 def test_without_a_label_the_detector_learns_to_find_no_flaw():
@@ -411,32 +410,33 @@ def test_without_a_label_the_detector_learns_to_find_no_flaw():
     method, seen = make(), batch(0)
     seen.labelled.label[:, :, 5:] = IGNORE
     image = torch.cat((seen.labelled.image, seen.unlabelled.image))
-    said = Opinion((), torch.rand(4, 3, 25, 36).softmax(1), torch.zeros(4, 1, 25, 36))
+    prediction = Prediction((), torch.rand(4, 3, 25, 36).softmax(1), torch.zeros(4, 1, 25, 36))
     flaws = torch.full((4, 1, 25, 36), 0.5, requires_grad=True)
     method.detector.forward = lambda *_: flaws
-    method._detection(image, said, seen.labelled).backward()
+    method._detection(image, prediction, seen.labelled).backward()
     assert flaws.grad[:2, ..., 30:].flatten().tolist() == pytest.approx([2 * 0.5 / (2 * 25 * 36)] * (2 * 25 * 6))
     assert not flaws.grad[2:].any()
 
 
-def test_what_is_said_beyond_a_picture_changes_nothing():
+def test_predictions_beyond_a_picture_change_nothing():
     """The picture was too small for its crop and has a black border; predictions and flaws there count nowhere."""
     method, seen = make(ramp_up=0), batch(0)
+    lend_engine(method)
     inside = torch.ones(4, 25, 36, dtype=torch.bool)
     inside[0, 21:], inside[2, :, :6] = False, False
     assert torch.equal(inside_picture(torch.cat((seen.labelled.image, seen.unlabelled.image))), inside)
     p, target, flaws, elsewhere = (torch.rand(4, k, 25, 36) for k in (3, 3, 1, 4))
-    wrong = flaws > 0.3
+    mask = flaws > 0.3
     logits = (torch.zeros(4, 3, 25, 36),)
     other = torch.where(inside[:, None], torch.cat((p, flaws), 1), elsewhere)
     found = [
-        method._terms(Opinion(logits, *each), seen.labelled, target, wrong, inside)
+        method._terms(Prediction(logits, *each), seen.labelled, target, mask, inside)
         for each in ((p, flaws), other.split((3, 1), dim=1))
     ]
     assert found[0]["consistency"] > 0
     for name, term in found[0].items():
         torch.testing.assert_close(term, found[1][name])
-    torch.testing.assert_close(found[0]["correction"], (flaws[wrong & inside[:, None]] ** 2).sum() / inside.sum())
+    torch.testing.assert_close(found[0]["correction"], (flaws[mask & inside[:, None]] ** 2).sum() / inside.sum())
 
 
 @pytest.mark.parametrize(("part", "side"), [(8, 41), (4, 81), (16, 21)])

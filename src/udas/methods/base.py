@@ -32,7 +32,12 @@ class Minimise(Protocol):
 
 
 class Engine(Protocol):
-    """What a training loop lends to its method."""
+    """What a training loop lends to its method.
+
+    step: the step that the open update belongs to, from 0; a resumed training counts on.
+    """
+
+    step: int
 
     def update(self, name: str) -> AbstractContextManager[Minimise]:
         """One optimiser step around the enclosed `minimise` calls."""
@@ -108,8 +113,16 @@ class Method(nn.Module, ABC, Generic[C]):
 
         Use: `with self.update("critic") as minimise: minimise(loss, "term")`.
         """
+        return self._lent().update(name)
+
+    @property
+    def steps_done(self) -> int:
+        """t: the steps before the one that is under way, from 0 on. Only inside a training loop, as `update`."""
+        return self._lent().step
+
+    def _lent(self) -> Engine:
         assert self.engine is not None, "a method steps only inside a training loop"
-        return self.engine.update(name)
+        return self.engine
 
     @abstractmethod
     def optimised(self) -> dict[str, Optimised]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, Self
+from typing import Literal, NamedTuple, Self, assert_never, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from udas.config import Config, SegmentationConfig, Share
@@ -23,10 +23,11 @@ from udas.methods.domains import supervise
 from udas.methods.regions import region_boxes
 from udas.networks.decoder import resize
 from udas.networks.pixel_shuffle import PixelShuffleHead
-from udas.networks.segmenters import Segmenter
 
 OBJECTS = 64  # boxes per picture that are cut at most; the largest ones
-SIDE = 256  # pixels of the picture that tells a network's stride; no decoder needs more
+
+Kind = Literal["dropout", "feature_drop", "noise", "cutout", "context", "objects", "adversarial"]
+"""A perturbation: the fields of `Decoders`."""
 
 
 class Decoders(Config):
@@ -50,22 +51,33 @@ class CCTConfig(SegmentationConfig):
         default_factory=list, description="classes that are objects, for cutout, context and objects"
     )
     consistency: float = Field(30.0, ge=0, description="omega_u, weight of L_u after its ramp")
-    ramp: Share = Field(0.1, description="share of the training in which the weight of L_u grows")
+    ramp_up: Share = Field(0.1, description="share of the training in which the weight of L_u grows")
     supervised: Literal["cross_entropy", "bootstrapped"] = Field(
         "cross_entropy", description="L_s: plain, or annealed and bootstrapped (ab-CE): sure pixels do not count"
     )
-    threshold: Share = Field(0.9, description="eta of bootstrapped L_s at the end of its growth, from 1 / C on")
-    annealing: Share = Field(0.4, description="share of the training in which eta of bootstrapped L_s grows")
+    threshold: Share = Field(
+        0.9, description="`supervised: bootstrapped` only: eta at the end of its growth, from 1 / C on"
+    )
+    annealing: Share = Field(
+        0.4, description="`supervised: bootstrapped` only: share of the training in which eta grows"
+    )
     source: float = Field(1.0, ge=0, description="weight of cross-entropy on synthetic pictures, if given")
     auxiliary: float = Field(0.1, ge=0, description="weight of auxiliary outputs on labels, where the network has them")
     drop: float = Field(0.5, ge=0, lt=1, description="Drop: probability that a channel is lost")
     active: tuple[Share, Share] = Field(
-        (0.7, 0.9), description="F-Drop: range of the threshold as a share of the maximum"
+        (0.7, 0.9), description="F-Drop: range of the threshold as a share of the maximum: from, to"
     )
     strength: float = Field(0.3, ge=0, description="F-Noise: n ~ U(-strength, strength)")
     erase: Share = Field(0.4, description="G-Cutout: sides of the window, as shares of the object's")
     outline: float = Field(50.0, ge=0, description="G-Cutout: pixels of outline above which a region is an object")
-    adversarial: float = Field(2.0, ge=0, description="I-VAT: epsilon, length of the step")
+    epsilon: float = Field(2.0, ge=0, description="I-VAT: epsilon, length of the step")
+
+    @field_validator("active")
+    @classmethod
+    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if value[0] > value[1]:
+            raise ValueError("the first share is larger than the second")
+        return value
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -99,7 +111,7 @@ class CCT(SegmentationMethod[CCTConfig]):
         L_s = CE(f(x_l), y_l)
         L_u = 1/K sum_k mean over classes and pixels inside the pictures of (softmax g_k(P_k(z)) - p)^2,   z = h(x_u)
         p   = softmax g(z), without gradient
-        omega(t) = consistency exp(-5 (1 - min(t / T, 1))^2),   T = ramp * steps
+        omega(t) = consistency exp(-5 (1 - min(t / T, 1))^2),   T = ramp_up * steps
 
     With supervised = bootstrapped, L_s counts pixels with softmax(f(x_l))_y < eta(t) alone, and
     eta = 1/C + (threshold - 1/C) (1 - exp(-5 min(t / T', 1))), T' = annealing * steps. The g_k are thrown away.
@@ -111,14 +123,11 @@ class CCT(SegmentationMethod[CCTConfig]):
 
     def __init__(self, config: CCTConfig, task: Task) -> None:
         super().__init__(config, task)
-        self.stride = _stride(self.segmenter)
-        channels, stages = self.segmenter.decoder.channels, round(math.log2(self.stride))
-        self.kinds = [kind for kind, count in config.decoders for _ in range(count)]
+        channels, stages = self.segmenter.decoder.channels, round(math.log2(self.segmenter.stride))
+        self.kinds = [cast("Kind", kind) for kind, count in config.decoders for _ in range(count)]
         self.heads = nn.ModuleList(PixelShuffleHead(channels, self.segmenter.classes, stages) for _ in self.kinds)
         self.foreground: Tensor
         self.register_buffer("foreground", _members(config.foreground, task))
-        self.steps: Tensor
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
 
     def optimised(self) -> dict[str, Optimised]:
         """One optimiser, for the network and the auxiliary decoders, which learn as fast as its decoder."""
@@ -131,13 +140,12 @@ class CCT(SegmentationMethod[CCTConfig]):
         labelled, unlabelled, c = batch.labelled, batch.unlabelled, self.config
         assert labelled is not None
         assert unlabelled is not None
-        weight = c.consistency * ramps.exponential(self.steps, self._steps(c.ramp))
+        weight = c.consistency * ramps.exponential(self.steps_done, self._steps(c.ramp_up))
         with self.update("segmenter") as minimise:
             if batch.source is not None:
                 supervise(minimise, self.segmenter, batch.source, "source", c.auxiliary, c.source)
             minimise(self._supervised(labelled), "labelled")
             minimise(weight * self._consistency(unlabelled.image, unlabelled.seeds), "consistency")
-        self.steps += 1
 
     def _supervised(self, block: Block) -> Tensor:
         """L_s."""
@@ -147,10 +155,10 @@ class CCT(SegmentationMethod[CCTConfig]):
             label = unsure_labels(outputs[0], label, self._eta())
         return outputs_cross_entropy(outputs, label, auxiliary=self.config.auxiliary)
 
-    def _eta(self) -> Tensor:
+    def _eta(self) -> float:
         """eta(t)."""
         start = 1 / self.segmenter.classes
-        growth = 1 - torch.exp(-5 * ramps.linear(self.steps, self._steps(self.config.annealing)))
+        growth = 1 - math.exp(-5 * ramps.linear(self.steps_done, self._steps(self.config.annealing)))
         return start + (self.config.threshold - start) * growth
 
     def _steps(self, share: float) -> int:
@@ -175,9 +183,9 @@ class CCT(SegmentationMethod[CCTConfig]):
         objects = F.interpolate(objects[:, None].float(), size=z.shape[-2:], mode="nearest")[:, 0] > 0
         if "cutout" not in self.kinds:
             return Guide(objects, objects.new_zeros(len(objects), 0, 4))
-        return Guide(objects, region_boxes(objects, OBJECTS, self.config.outline / self.stride))
+        return Guide(objects, region_boxes(objects, OBJECTS, self.config.outline / self.segmenter.stride))
 
-    def _perturb(self, kind: str, z: Tensor, guide: Guide, head: nn.Module, seeds: Sequence[int]) -> Tensor:
+    def _perturb(self, kind: Kind, z: Tensor, guide: Guide, head: nn.Module, seeds: Sequence[int]) -> Tensor:
         """P_k(z), z [B, D, h, w]."""
         c = self.config
         match kind:
@@ -194,11 +202,12 @@ class CCT(SegmentationMethod[CCTConfig]):
             case "objects":
                 return perturbations.hide_objects(z, guide.objects)
             case "adversarial":
-                return perturbations.add_adversarial(z, head, c.adversarial)
-        raise AssertionError(f"no perturbation {kind}")
+                return perturbations.add_adversarial(z, head, c.epsilon)
+            case _:
+                assert_never(kind)
 
 
-def unsure_labels(logits: Tensor, label: Tensor, threshold: Tensor) -> Tensor:
+def unsure_labels(logits: Tensor, label: Tensor, threshold: float) -> Tensor:
     """The labels [B, H, W] with IGNORE where softmax(logits)_y, [B, C, H, W], has reached the threshold."""
     probability = logits.detach().softmax(1)
     given = probability.gather(1, label.where(label != IGNORE, 0)[:, None])[:, 0]
@@ -214,18 +223,3 @@ def _members(names: Sequence[str], task: Task) -> Tensor:
         except ConfigError as error:
             raise ConfigError(f"foreground: {error}") from None
     return chosen
-
-
-def _stride(segmenter: Segmenter) -> int:
-    """How many times smaller than a picture the network's representation is: a power of 2.
-
-    The decoder is asked, with features that are all zero, since some encoders take pictures of one size alone.
-    """
-    encoder: Any = segmenter.encoder
-    sides = [SIDE // min(2**k, segmenter.config.output_stride or 1) for k in range(len(encoder.out_channels))]
-    pyramid = [segmenter.mean.new_zeros(1, *shape) for shape in zip(encoder.out_channels, sides, sides, strict=True)]
-    training = segmenter.training
-    with torch.no_grad():
-        z = segmenter.eval().decoder.represent(pyramid)
-    segmenter.train(training)
-    return SIDE // z.shape[-1]

@@ -46,8 +46,6 @@ class FDA(SegmentationMethod[FDAConfig]):
 
     def __init__(self, config: FDAConfig, task: Task) -> None:
         super().__init__(config, task, config.average)
-        self.steps_done: Tensor
-        self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
 
     def step(self, batch: Batch) -> None:
         """Minimise the cross-entropy on restyled source pictures and the penalty on the target's entropy."""
@@ -64,7 +62,6 @@ class FDA(SegmentationMethod[FDAConfig]):
                 self._train_on_pseudo(minimise, batch.pseudo)
             elif self.config.entropy:
                 minimise(self._penalty(self.segmenter(target.image), target.image), "entropy")
-        self.steps_done += 1
         self.follow()
 
     def _train_on_pseudo(self, minimise: Minimise, block: Block) -> None:

@@ -34,9 +34,8 @@ class GCTConfig(SegmentationConfig):
     consistency: float = Field(100.0, ge=0, description="lambda_dc, weight of the dynamic consistency L_dc")
     correction: float = Field(1.0, ge=0, description="lambda_fc, weight of the flaw correction L_fc")
     detection: float = Field(10.0, ge=0, description="weight of L_fd, from which the flaw detector learns")
-    threshold: Share = Field(0.6, description="xi; pixels with a larger flaw are wrong")
+    threshold: Share = Field(0.6, description="xi; a larger flaw counts as 1; where both are larger, L_fc acts")
     ramp_up: Share = Field(0.15, description="share of the steps during which the weight of L_dc grows")
-    mu: float = Field(0.5, gt=0, description="mu, factor on the distance of prediction and label, a sum over classes")
     nu: int = Field(1, ge=0, description="nu, how often the flaws of a labelled picture are dilated and blurred")
     detector_width: int = Field(64, gt=1, description="channels of the flaw detector's first stage")
     detector_stages: int = Field(4, gt=0, description="stages of the flaw detector, F; each halves the picture")
@@ -50,7 +49,7 @@ class GCT(SegmentationMethod[GCTConfig]):
     """GCT (Ke et al., ECCV 2020): L_k = CE(T_k(x_l), y_l) + ramp(t) lambda_dc L_dc + lambda_fc L_fc for k = l, r.
 
     T_l, T_r: two networks with heads of their own; F: the flaw detector; x: labelled and unlabelled pictures together;
-    p_k = softmax T_k(x), F_k = F(x, p_k), G_k = `handled`(F_k), where 1 replaces what is above xi.
+    p_k = softmax T_k(x), F_k = F(x, p_k), G_k = `postprocess_flaws`(F_k), where 1 replaces what is above xi.
 
     q_l  = p_r where G_r < G_l, p_l elsewhere, without gradient; q_r likewise: the less flawed of both, own if equal
     L_dc = mean of (p_k - q_k)^2 over classes and pixels inside the pictures
@@ -73,8 +72,6 @@ class GCT(SegmentationMethod[GCTConfig]):
         self.detector = FlawDetector(
             len(task.taxonomy.classes), config.detector_width, config.detector_stages, config.batch_share
         )
-        self.steps_done: Tensor
-        self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
 
     def model(self) -> Segmenter:
         """What `keep` says; they differ by chance alone."""
@@ -93,56 +90,64 @@ class GCT(SegmentationMethod[GCTConfig]):
         return self.detector.smallest
 
     def step(self, batch: Batch) -> None:
-        """Train both networks against the present flaw detector, then the flaw detector on what they said."""
+        """Train both networks against the present flaw detector, then the flaw detector on their predictions."""
         source, labelled, unlabelled = batch.source, batch.labelled, batch.unlabelled
         assert labelled is not None
         assert unlabelled is not None
         image = together(labelled, unlabelled)
         inside = inside_picture(image)
         networks = {"left": self.segmenter, "right": self.right}
-        said = {side: self._ask(network, image) for side, network in networks.items()}
-        *targets, wrong = exchange(said["left"], said["right"], self.config.threshold)
+        predictions = {side: self._predict(network, image) for side, network in networks.items()}
+        *targets, mask = exchange(predictions["left"], predictions["right"], self.config.threshold)
         for (side, network), target in zip(networks.items(), targets, strict=True):
             with self.update(side) as minimise:
-                terms = self._terms(said[side], labelled, target, wrong, inside)
+                terms = self._terms(predictions[side], labelled, target, mask, inside)
                 minimise({f"{side} {name}": term for name, term in terms.items()})
                 if source is not None:
                     supervise(minimise, network, source, f"{side} source", self.config.auxiliary, self.config.source)
         with self.update("detector") as minimise:
             for side in networks:
-                minimise(self.config.detection / 2 * self._detection(image, said[side], labelled), f"detector {side}")
-        self.steps_done += 1
+                loss = self.config.detection / 2 * self._detection(image, predictions[side], labelled)
+                minimise(loss, f"detector {side}")
 
-    def _ask(self, network: Segmenter, image: Tensor) -> Opinion:
+    def _predict(self, network: Segmenter, image: Tensor) -> Prediction:
         outputs = network.levels(image)
         probabilities = outputs[0].softmax(1)
-        return Opinion(outputs, probabilities, self.detector(image, probabilities))
+        return Prediction(outputs, probabilities, self.detector(image, probabilities))
 
     def _terms(
-        self, said: Opinion, labelled: Block, target: Tensor, wrong: Tensor, inside: Tensor
+        self, prediction: Prediction, labelled: Block, target: Tensor, mask: Tensor, inside: Tensor
     ) -> dict[str, Tensor]:
-        """The terms of L_k, of one forward pass; `inside`: [B, H, W] bool, the pixels that L_dc and L_fc count."""
+        """The terms of L_k, of one forward pass.
+
+        Args:
+            prediction: of network k.
+            labelled: the first pictures of the batch.
+            target: q_k, [B, C, H, W].
+            mask: [B, 1, H, W] bool, where L_fc acts.
+            inside: [B, H, W] bool, the pixels that L_dc and L_fc count.
+        """
         c = self.config
         ramp = exponential(self.steps_done, round(c.ramp_up * self.task.steps))
-        distance = (said.probabilities - target).square().mean(1)
+        distance = (prediction.probabilities - target).square().mean(1)
         terms = {
-            "labelled": label_loss(said.outputs, labelled, c.auxiliary),
+            "labelled": label_loss(prediction.outputs, labelled, c.auxiliary),
             "consistency": ramp * c.consistency * masked_mean(distance, inside),
         }
         if c.correction:
-            terms["correction"] = c.correction * masked_mean((wrong * said.flaws.square())[:, 0], inside)
+            terms["correction"] = c.correction * masked_mean((mask * prediction.flaws.square())[:, 0], inside)
         return terms
 
-    def _detection(self, image: Tensor, said: Opinion, labelled: Block) -> Tensor:
-        """L_fd of one network. The detector sees all pictures, as its batch norms do when it is asked."""
+    def _detection(self, image: Tensor, prediction: Prediction, labelled: Block) -> Tensor:
+        """L_fd of one network. The detector sees all pictures, as its batch norms do in the networks' turns."""
         assert labelled.label is not None
-        c, count, probabilities = self.config, len(labelled.image), said.probabilities.detach()
-        truth = ground_truth(probabilities[:count], labelled.label, c.mu, c.nu)
+        count, probabilities = len(labelled.image), prediction.probabilities.detach()
+        truth = ground_truth(probabilities[:count], labelled.label, self.config.nu)
         return F.mse_loss(self.detector(image, probabilities)[:count], truth)
 
 
-class Opinion(NamedTuple):
-    """What one network says of pictures, and the flaw detector of it.
+class Prediction(NamedTuple):
+    """What one network predicts for a batch of pictures, and the flaws that the flaw detector finds there.
 
     outputs: logits of every level, [B, C, H, W] each.
     probabilities: p, [B, C, H, W].
@@ -166,27 +171,27 @@ def with_new_head(network: Segmenter) -> Segmenter:
 
 
 @torch.no_grad()
-def exchange(left: Opinion, right: Opinion, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """q_l and q_r [B, C, H, W], what each network should come near to, and [B, 1, H, W] bool: both are wrong.
+def exchange(left: Prediction, right: Prediction, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+    """q_l and q_r [B, C, H, W], the targets of the networks, and the mask of L_fc [B, 1, H, W] bool: both above xi.
 
     Args:
         left: of one network.
         right: of the other one.
         threshold: xi.
     """
-    flaws_l, flaws_r = handled(left.flaws), handled(right.flaws)
-    wrong_l, wrong_r = flaws_l > threshold, flaws_r > threshold
-    flaws_l, flaws_r = flaws_l.masked_fill(wrong_l, 1.0), flaws_r.masked_fill(wrong_r, 1.0)
+    flaws_l, flaws_r = postprocess_flaws(left.flaws), postprocess_flaws(right.flaws)
+    above_l, above_r = flaws_l > threshold, flaws_r > threshold
+    flaws_l, flaws_r = flaws_l.masked_fill(above_l, 1.0), flaws_r.masked_fill(above_r, 1.0)
     target_l = torch.where(flaws_r < flaws_l, right.probabilities, left.probabilities)
     target_r = torch.where(flaws_l < flaws_r, left.probabilities, right.probabilities)
-    return target_l, target_r, wrong_l & wrong_r
+    return target_l, target_r, above_l & above_r
 
 
 @torch.no_grad()
-def handled(flaws: Tensor) -> Tensor:
+def postprocess_flaws(flaws: Tensor) -> Tensor:
     """Maps that can be compared: without negative values, smooth, each scaled to [0, 1]; 0 for a map without flaw.
 
-    Unless a map has no flaw, its largest value becomes 1 and so is wrong. [B, 1, H, W] -> [B, 1, H, W].
+    Unless a map has no flaw, its largest value becomes 1, above any xi. [B, 1, H, W] -> [B, 1, H, W].
     """
     smooth = blur(flaws.clamp(min=0), 16)
     flawed = smooth.amax((1, 2, 3), keepdim=True) > FLAWLESS
@@ -194,21 +199,20 @@ def handled(flaws: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def ground_truth(probabilities: Tensor, label: Tensor, mu: float, nu: int) -> Tensor:
+def ground_truth(probabilities: Tensor, label: Tensor, nu: int) -> Tensor:
     """C(p, y): what the flaw detector should say of a prediction whose label is known, [B, 1, H, W] in [0, 1].
 
-    d = mu sum_c |[y = c] - p_c|, which is 2 mu (1 - p_y), and 0 without a label; blurred, nu times dilated and blurred
-    wider, and scaled: the worst place of every picture is 1.
+    d = sum_c |[y = c] - p_c| / 2 = 1 - p_y, and 0 without a label; blurred, nu times dilated and blurred wider, and
+    scaled: the worst place of every picture is 1.
 
     Args:
         probabilities: p, [B, C, H, W].
         label: y, [B, H, W].
-        mu: 1/2 for d in [0, 1].
         nu: repetitions.
     """
     known = (label != IGNORE)[:, None]
     right = probabilities.gather(1, torch.where(known, label[:, None], 0))
-    flaws = blur(torch.where(known, 2 * mu * (1 - right), 0.0), 8)
+    flaws = blur(torch.where(known, 1 - right, 0.0), 8)
     for _ in range(nu):
         flaws = blur(F.max_pool2d(flaws, 3, stride=1, padding=1), 4)
     return scaled(flaws)

@@ -67,8 +67,6 @@ class MRNet(SegmentationMethod[MRNetConfig]):
         require_two_outputs(self.segmenter, config.name)
         self.balance = ClassBalance(len(task.taxonomy.classes), config.rare_weight, config.rare_share)
         self.critics = OutputAdversary(2, len(task.taxonomy.classes), softmax, config.gan, config.critic)
-        self.steps_done: Tensor
-        self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
 
     def optimised(self) -> dict[str, Optimised]:
         """One optimiser for the segmenter and, with an adversary, one for the critics of its outputs."""
@@ -95,7 +93,6 @@ class MRNet(SegmentationMethod[MRNetConfig]):
                 m_s = fuse(detached(z_s), c.fusion)
                 minimise(self._judge_source(m_s))
                 minimise(self.critics.judge(detached(z_t), FAKE), "critic on target")
-        self.steps_done += 1
 
     def _learn(self, outputs: Sequence[Tensor], block: Block) -> Tensor:
         """L_seg of a labelled block."""

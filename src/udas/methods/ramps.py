@@ -1,25 +1,20 @@
-"""Weights that grow at the start of a training, as functions of the step on the device."""
+"""Weights that grow at the start of a training, as functions of the step."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+import math
 
 
-def exponential(step: Tensor, length: int) -> Tensor:
+def exponential(step: int, length: int) -> float:
     """exp(-5 (1 - min(t / T, 1))^2): from 0.007 to 1 within T steps (Laine and Aila, ICLR 2017; "sigmoid" ramp-up).
 
     Args:
-        step: t >= 0, a scalar of any type, such as a counter among a method's buffers.
+        step: t >= 0.
         length: T, in steps; 0 = no ramp, 1 at once.
-
-    Returns:
-        A float32 scalar on the device of `step`.
     """
-    return torch.exp(-5 * (1 - linear(step, length)).square())
+    return math.exp(-5 * (1 - linear(step, length)) ** 2)
 
 
-def linear(step: Tensor, length: int) -> Tensor:
-    """min(t / T, 1): from 0 to 1 within T steps. Arguments and result as in `exponential`."""
-    progress = step.float() / length if length else torch.ones_like(step, dtype=torch.float32)
-    return progress.clamp(0, 1)
+def linear(step: int, length: int) -> float:
+    """min(t / T, 1): from 0 to 1 within T steps. Arguments as in `exponential`."""
+    return min(step / length, 1.0) if length else 1.0

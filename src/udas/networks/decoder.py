@@ -13,10 +13,12 @@ class Decoder(nn.Module, ABC):
     """From the encoder's pyramid (entry k at stride min(2^k, output stride)) to logits at the decoder's own size.
 
     channels: D, the width of `represent`.
+    stride: that of `represent`; None = that of the encoder's last features, the output stride.
     num_levels: outputs, the main one included.
     """
 
     channels: int
+    stride: int | None = None
     num_levels: int = 1
 
     @abstractmethod

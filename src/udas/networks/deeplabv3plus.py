@@ -25,6 +25,7 @@ class DeepLabV3Plus(Decoder):
     """
 
     channels = WIDTH
+    stride = 4
 
     def __init__(self, channels: Sequence[int], classes: int, stride: int) -> None:
         super().__init__()

@@ -23,6 +23,7 @@ class LibraryDecoder(Decoder):
         classifier: Any = head[0]
         self.classifier = classifier
         self.channels = classifier.in_channels
+        self.stride = int(getattr(head[1], "scale_factor", 1))  # of the upsampling to the picture, if there is one
 
     def represent(self, pyramid: list[Tensor]) -> Tensor:
         """The decoder's output."""

@@ -228,6 +228,13 @@ class Segmenter(nn.Module):
         return self.decoder.parameters()
 
     @property
+    def stride(self) -> int:
+        """Of the representation: how many times smaller than the picture it is, a power of 2."""
+        stride = self.decoder.stride or self.config.output_stride
+        assert stride is not None
+        return stride
+
+    @property
     def normalisation(self) -> Normalisation:
         """The normalisation in use."""
         return Normalisation(tuple(self.mean.flatten().tolist()), tuple(self.std.flatten().tolist()), self.bgr)

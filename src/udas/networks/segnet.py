@@ -40,6 +40,8 @@ class SegNet(Decoder):
     The pooled map is thus the only entry that is read as features.
     """
 
+    stride = 1
+
     def __init__(self, channels: Sequence[int], classes: int) -> None:
         super().__init__()
         pooled = channels[:-1]
