@@ -98,12 +98,10 @@ def test_the_readmes_files_make_a_run(tmp_path: Path, monkeypatch: pytest.Monkey
         (tmp_path / name).write_text(content, encoding="utf-8")
     shutil.copy(find_yaml("streets_game", "data"), tmp_path / "game.yaml")  # named there, but not written out
     monkeypatch.chdir(tmp_path)
-    runs = [name for name, content in written.items() if "stages:" in content]
-    assert runs
-    for name in runs:
-        config = load_run(name)
-        assert config.data.target.name == "my_road"
-        assert "student_2" in config.stages
+    runs = {name: load_run(name) for name, content in written.items() if "stages:" in content}
+    assert all(config.data.target.name == "my_road" for config in runs.values())
+    assert "student_2" in runs["my_run.yaml"].stages
+    assert runs["my_ssl.yaml"].data.source is None
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "docs").rglob("run.yaml")), ids=lambda path: path.parent.name)
