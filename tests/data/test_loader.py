@@ -197,6 +197,22 @@ def test_workers_leave_ctrl_c_to_the_training_process(streams, whole):
     assert all_same(seen + list(arriving), whole)
 
 
+def test_workers_end_with_a_process_that_still_holds_them(streams):
+    """As after an error, whose traceback holds the loader: nothing closes it before the process waits for workers."""
+
+    def hold() -> None:
+        held.append(arriving := iter(make_loader(streams, BATCH, AUGMENT, 11, 0, 6, workers=2)))
+        next(arriving)
+
+    held: list[object] = []
+    process = multiprocessing.get_context("fork").Process(target=hold)
+    process.start()
+    process.join(60)
+    ended = process.exitcode
+    process.kill()
+    assert ended == 0
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_of_workers_arrive_as_they_are(streams, tmp_path, workers):
     broken = picture_set(tmp_path / "b", 6)

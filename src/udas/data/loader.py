@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,17 +107,27 @@ def make_loader(
         batch_size=None,  # the sampler's items are the keys of whole batches
         sampler=StreamSampler(sizes, batch, seed, start, stop, rank, world),
         num_workers=workers,
-        persistent_workers=workers > 0,
         pin_memory=pin,
-        worker_init_fn=_leave_stopping_to_the_training,
+        worker_init_fn=_hear_the_training_alone,
         generator=torch.Generator().manual_seed(seed_of(seed, "loader")),  # else it draws from the global one
     )
 
 
-def _leave_stopping_to_the_training(worker: int) -> None:
-    """Ctrl-C, and the SIGTERM of some schedulers, reach all processes; workers end with the training process alone."""
+def _hear_the_training_alone(worker: int) -> None:
+    """Ctrl-C, and the SIGTERM of some schedulers, reach all processes; workers leave both to the training process.
+
+    Its own SIGTERM they obey: it is sent, and their end awaited, when the training process ends with an open loader.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sends a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+        threading.Thread(target=_end_with_the_training, daemon=True).start()
+
+
+def _end_with_the_training() -> None:
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
