@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import shutil
@@ -25,9 +26,11 @@ from udas import cli
 from udas.config import NetworkConfig
 from udas.data.dataset import load_domain
 from udas.data.streets import ensure
+from udas.names import METHODS, load_method
 from udas.networks import pretrained
 from udas.networks.segmenters import build_segmenter
 from udas.networks.weights import save_segmenter
+from udas.pipeline.config import load_run
 from udas.taxonomy import load_taxonomy
 
 GOLDEN = Path(__file__).parent / "golden" / "errors"
@@ -233,6 +236,11 @@ def unknown_class_in_a_map(world: Path, patch: pytest.MonkeyPatch) -> list[str]:
 @case
 def unknown_list(world: Path, patch: pytest.MonkeyPatch) -> list[str]:
     return ["list", "dat"]
+
+
+@case
+def unknown_name_in_a_list(world: Path, patch: pytest.MonkeyPatch) -> list[str]:
+    return ["list", "methods", "cutmix_seg"]
 
 
 @case
@@ -493,6 +501,28 @@ def test_what_can_be_named_is_listed(capsys: pytest.CaptureFixture[str]) -> None
     for name in ("demo", "gta5", "street11", "udas", "deeplabv2_multi", "proda"):
         assert re.search(rf"^ *{name} ", shown, re.MULTILINE), name
     assert "AdvEnt on the embedded street world, with each loss, and its mean with MinEnt." in " ".join(shown.split())
+
+
+def test_a_listed_preset_is_printed_as_a_file_to_begin_with(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        udas("list", "runs", "ssl_demo")
+    assert left.value.code == 0
+    Path("mine.yaml").write_text(capsys.readouterr().out)
+    mine, preset = load_run("mine.yaml"), load_run("ssl_demo")
+    assert mine.name == "mine"
+    assert mine.stages == preset.stages
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_listed_method_shows_its_formula_and_every_setting(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        udas("list", "methods", name)
+    assert left.value.code == 0
+    shown, method = capsys.readouterr().out, load_method(name)
+    about, _, settings = shown.partition("method:")
+    assert inspect.cleandoc(method.__doc__) in about
+    defaults = method.settings.model_construct(None).model_dump(mode="json")
+    assert yaml.safe_load(settings) == defaults
 
 
 def test_the_schema_is_printed_as_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,8 +22,8 @@ from udas.cli import app
 from udas.config import DomainConfig, find_yaml, override, preset_names
 from udas.errors import ConfigError
 from udas.evaluation.protocols import PROTOCOLS
+from udas.pipeline.catalogue import LISTS
 from udas.pipeline.config import load_run
-from udas.pipeline.console import LISTS
 from udas.validation import validate
 
 ROOT = Path(__file__).parents[1]

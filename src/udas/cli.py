@@ -196,11 +196,17 @@ def list_names(
     what: Annotated[
         str | None, typer.Argument(help="runs, bases, data, labels, methods, networks or protocols.")
     ] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One of these: a preset's file, or a method's formula and settings.")
+    ] = None,
 ) -> None:
-    """What can be named in files and commands."""
-    from udas.pipeline.console import print_names
+    """What can be named in files and commands.
 
-    print_names(what)
+    A file of your own can begin with a preset's: **udas list runs uda_demo > mine.yaml**.
+    """
+    from udas.pipeline.catalogue import print_name, print_names
+
+    print_name(what, name) if what and name else print_names(what)
 
 
 @app.command(rich_help_panel="Look")
