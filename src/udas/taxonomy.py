@@ -49,10 +49,15 @@ class Taxonomy:
         """The label [H, W] as a colour picture, uint8 [H, W, 3]."""
         return self.palette()[label]
 
-    def index(self, name: str) -> int:
-        """The id of a class. Raises `ConfigError` with the nearest name when there is no such class."""
+    def index(self, name: str, setting: str = "") -> int:
+        """The id of a class.
+
+        Raises:
+            ConfigError: no such class; names the nearest one, and the `setting` that asks for it.
+        """
         if name not in self.classes:
-            raise ConfigError(f"{self.name} has no class {name!r}{nearest(name, list(self.classes))}")
+            place = f"{setting}: " if setting else ""
+            raise ConfigError(f"{place}{self.name} has no class {name!r}{nearest(name, list(self.classes))}")
         return self.classes.index(name)
 
 

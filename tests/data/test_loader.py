@@ -20,6 +20,7 @@ from udas.data.layout import Picture
 from udas.data.loader import collate, make_loader
 from udas.data.sampling import seed_of
 from udas.data.transforms import augment
+from udas.data.workers import hear_the_training_alone
 from udas.errors import ConfigError, DataError
 
 SOURCE, LABELLED, UNLABELLED, PSEUDO = Stream.SOURCE, Stream.LABELLED, Stream.UNLABELLED, Stream.PSEUDO
@@ -143,7 +144,7 @@ def test_draws_of_one_picture_differ(streams):
 def test_values_do_not_depend_on_workers_and_resume_anywhere(streams, whole, workers):
     loader = make_loader(streams, BATCH, AUGMENT, 11, 0, 6, workers=workers)
     assert all_same(list(loader), whole)
-    assert all_same(list(loader), whole), "persistent workers repeat the same steps"
+    assert all_same(list(loader), whole), "a second pass repeats the same steps"
     for start in (1, 4):
         assert all_same(batches(streams, start, workers=workers), whole[start:])
 
@@ -195,6 +196,16 @@ def test_workers_leave_ctrl_c_to_the_training_process(streams, whole):
     for worker in multiprocessing.active_children():
         os.kill(worker.pid, signal.SIGINT)
     assert all_same(seen + list(arriving), whole)
+
+
+def test_workers_that_are_just_starting_leave_ctrl_c_and_sigterm_to_it_too(streams, whole, monkeypatch):
+    def late(worker: int) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        hear_the_training_alone(worker)
+
+    monkeypatch.setattr("udas.data.loader.hear_the_training_alone", late)
+    assert all_same(batches(streams, workers=2), whole)
 
 
 def test_workers_end_with_a_process_that_still_holds_them(streams):

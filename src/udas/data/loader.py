@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -17,6 +14,7 @@ from udas.data.batch import Batch, Block, Stream
 from udas.data.dataset import PictureSet
 from udas.data.sampling import Key, StreamSampler, seed_of
 from udas.data.transforms import augment as augmented
+from udas.data.workers import begun_deaf, hear_the_training_alone
 from udas.errors import DataError, UdasError
 
 
@@ -65,7 +63,7 @@ class Loader(DataLoader[Batch | UdasError]):
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         """The batches of the steps from `start` to `stop`."""
-        for batch in super().__iter__():
+        for batch in begun_deaf(super().__iter__):
             if isinstance(batch, UdasError):
                 raise batch
             yield batch
@@ -108,26 +106,9 @@ def make_loader(
         sampler=StreamSampler(sizes, batch, seed, start, stop, rank, world),
         num_workers=workers,
         pin_memory=pin,
-        worker_init_fn=_hear_the_training_alone,
+        worker_init_fn=hear_the_training_alone,
         generator=torch.Generator().manual_seed(seed_of(seed, "loader")),  # else it draws from the global one
     )
-
-
-def _hear_the_training_alone(worker: int) -> None:
-    """Ctrl-C, and the SIGTERM of some schedulers, reach all processes; workers leave both to the training process.
-
-    Its own SIGTERM they obey: it is sent, and their end awaited, when the training process ends with an open loader.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # macOS cannot tell who sends a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_end_with_the_training, daemon=True).start()
-
-
-def _end_with_the_training() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-        pass
-    os._exit(0)
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

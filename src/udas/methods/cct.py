@@ -15,7 +15,6 @@ from udas.config import Config, SegmentationConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.mixing import channel_dropout, inside_picture
 from udas.data.sampling import seed_of
-from udas.errors import ConfigError
 from udas.losses import masked_mean, outputs_cross_entropy
 from udas.methods import perturbations, ramps
 from udas.methods.base import Optimised, SegmentationMethod, Task, trainable
@@ -218,8 +217,5 @@ def _members(names: Sequence[str], task: Task) -> Tensor:
     """[C] bool, True for the classes `names`. Raises `ConfigError` for an unknown one."""
     chosen = torch.zeros(len(task.taxonomy.classes), dtype=torch.bool)
     for name in names:
-        try:
-            chosen[task.taxonomy.index(name)] = True
-        except ConfigError as error:
-            raise ConfigError(f"foreground: {error}") from None
+        chosen[task.taxonomy.index(name, "foreground")] = True
     return chosen

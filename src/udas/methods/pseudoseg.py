@@ -13,7 +13,6 @@ from udas.config import SegmentationConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.masks import cutout_masks
 from udas.data.mixing import inside_picture, jitter
-from udas.errors import ConfigError
 from udas.losses import cross_entropy, masked_mean, outputs_cross_entropy
 from udas.methods.base import Optimised, SegmentationMethod, Task, trainable
 from udas.methods.domains import supervise
@@ -161,9 +160,4 @@ def classes_in(label: Tensor, classes: int) -> Tensor:
 
 def _background(config: PseudoSegConfig, task: Task) -> int | None:
     """The id of the class that has no activation map."""
-    if config.background is None:
-        return None
-    try:
-        return task.taxonomy.index(config.background)
-    except ConfigError as error:
-        raise ConfigError(f"background: {error}") from None
+    return None if config.background is None else task.taxonomy.index(config.background, "background")

@@ -11,7 +11,6 @@ from torch import Tensor
 from udas.config import SegmentationConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.mixing import strong
-from udas.errors import ConfigError
 from udas.losses import outputs_cross_entropy
 from udas.methods.base import SegmentationMethod, Task
 
@@ -79,8 +78,5 @@ def class_weights(by_name: dict[str, float], task: Task) -> Tensor:
     """[C] weights in the order of the label space. Raises `ConfigError` for an unknown class."""
     weight = torch.ones(len(task.taxonomy.classes))
     for name, value in by_name.items():
-        try:
-            weight[task.taxonomy.index(name)] = value
-        except ConfigError as error:
-            raise ConfigError(f"class_weights: {error}") from None
+        weight[task.taxonomy.index(name, "class_weights")] = value
     return weight

@@ -117,10 +117,7 @@ def _compile(method: Method[Any]) -> None:
 def _check_classes(context: Context, name: str, stage: AnyStage) -> None:
     given = {"rank": "rare", "prototypes": "classes"}.get(stage.kind)
     for label in getattr(stage, given) or [] if given else []:
-        try:
-            context.taxonomy.index(label)
-        except ConfigError as error:
-            raise ConfigError(f"stages.{name}.{given}: {error}") from error
+        context.taxonomy.index(label, f"stages.{name}.{given}")
 
 
 def _check_scored(context: Context, names: list[str]) -> None:
