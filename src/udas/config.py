@@ -40,8 +40,8 @@ class Subset(Config):
     seed: int = Field(0, description="seed of the order")
 
 
-Labelled = Subset | Literal["all", "none"] | str
-"""Which pictures have labels: `all`, `none`, the path of a list file, or `{count, seed}`."""
+Labelled = Subset | Literal["all", "none", "existing"] | str
+"""Which pictures have labels: `all`, `none`, `existing` files, the path of a list file, or `{count, seed}`."""
 
 
 class ListSplit(Config):
@@ -76,7 +76,7 @@ class DomainConfig(Config):
         None, description="pattern of the label file: {split}, {stem}, ** and fields of `images`"
     )
     splits: dict[str, str | ListSplit | ShareSplit] = Field(description="what {split} stands for, a list, or a share")
-    labelled: Labelled = Field("none", description="all, none, a list file, or {count, seed}")
+    labelled: Labelled = Field("none", description="all, none, existing, a list file, or {count, seed}")
     taxonomy: str = Field(description="label space that `map` leads to: a name (`udas list`) or a YAML file")
     map: dict[str, list[int | tuple[int, int, int]]] = Field(
         default_factory=dict, description="class -> ids or colours in the files; `ignore` is allowed as a class"

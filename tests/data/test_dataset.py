@@ -95,6 +95,21 @@ def test_firewall_works_without_the_other_label_files(root: Path) -> None:
     assert domain.unlabelled("val").image(1).shape == (3, 6, 8)
 
 
+def test_pictures_whose_label_file_exists(root: Path) -> None:
+    for path in root.glob("masks/train/day/*.png"):
+        path.unlink()
+    left = opened(root, labelled="existing").labelled("train")
+    assert [picture.image.stem for picture in left.pictures] == ["000", "002", "004"]
+
+
+def test_no_label_file_exists(root: Path) -> None:
+    elsewhere = opened(root, labelled="existing", labels="gt/{split}/{stem}.png")
+    text = message(DataError, elsewhere.labelled, "train")
+    assert text == f"mine train: no label file exists, such as {root}/gt/train/001.png; check `labels`"
+    text = message(DataError, opened(root, labels=None, map={}).labelled, "train", "existing")
+    assert text == "mine train: `labelled: existing`, but `labels` is not given"
+
+
 def test_missing_label_file(root: Path) -> None:
     path = root / "masks/train/day/003_mask.png"
     path.unlink()

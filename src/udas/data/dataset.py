@@ -262,14 +262,15 @@ class Domain:
         return self._pictures[split]
 
     def labelled_names(self, split: str, labelled: Labelled | None = None) -> list[str]:
-        """Names of the granted pictures, sorted. No label file is looked at.
+        """Names of the granted pictures, sorted. No label file is opened.
 
         Args:
             split: a key of `splits`.
             labelled: what is granted; None takes it from the configuration. `{count, seed}` is nested in `count`.
 
         Raises:
-            DataError: a list that is missing or names an absent picture, or a count above the number of pictures.
+            DataError: a list that is missing or names an absent picture, a count above the number of pictures, or no
+                label file where those that exist are granted.
         """
         granted = self.config.labelled if labelled is None else labelled
         pictures = self.pictures(split)
@@ -283,7 +284,19 @@ class Domain:
             return sorted(_seeded(names, granted.seed)[: granted.count])
         if granted in ("all", "none"):
             return names if granted == "all" else []
+        if granted == "existing":
+            return self._with_label_file(split)
         return read_list(self._below_root(granted), pictures, f"{self.config.name} {split}")
+
+    def _with_label_file(self, split: str) -> list[str]:
+        if self.config.labels is None:
+            raise DataError(f"{self.config.name} {split}: `labelled: existing`, but `labels` is not given")
+        files = {picture.name: self.root / self._layout.label(picture) for picture in self.pictures(split)}
+        found = [name for name, file in files.items() if file.is_file()]
+        if not found:
+            example = next(iter(files.values()))
+            raise DataError(f"{self.config.name} {split}: no label file exists, such as {example}; check `labels`")
+        return found
 
     def unlabelled(self, split: str) -> PictureSet:
         """All pictures of a split, without any way to labels."""
