@@ -166,6 +166,19 @@ class SegmentationConfig(MethodConfig):
     """Base of the settings of methods that train one segmentation network."""
 
     optimiser: OptimiserConfig = OptimiserConfig()
+    auxiliary: float = Field(0.1, ge=0, description="weight of losses of auxiliary outputs, where the network has any")
+
+
+class AdaptationConfig(SegmentationConfig):
+    """Base of the settings of methods that learn from synthetic labels, and from real ones where there are some."""
+
+    labelled: float = Field(1.0, ge=0, description="weight of the cross-entropy on labelled real pictures, where given")
+
+
+class SemiSupervisedConfig(SegmentationConfig):
+    """Base of the settings of methods that learn from real labels, and from synthetic ones where there are some."""
+
+    source: float = Field(1.0, ge=0, description="weight of the cross-entropy on synthetic pictures, where given")
 
 
 # ------------------------------------------------------------------------------------------------ reading YAML

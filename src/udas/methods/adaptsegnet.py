@@ -7,14 +7,14 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import SegmentationConfig
+from udas.config import AdaptationConfig
 from udas.data.batch import Batch, Stream
 from udas.methods.adversary import FAKE, REAL, CriticOptimiser, Gan, OutputAdversary, detached, softmax
 from udas.methods.base import Optimised, SegmentationMethod, Task
 from udas.methods.domains import LABELLED_DOMAINS, labelled_domain, supervise
 
 
-class OutputSpaceConfig(SegmentationConfig):
+class OutputSpaceConfig(AdaptationConfig):
     """What AdaptSegNet and AdvEnt can be told. The network decides the levels: a name in `_multi` has two outputs."""
 
     critic_optimiser: CriticOptimiser = CriticOptimiser()
@@ -22,7 +22,6 @@ class OutputSpaceConfig(SegmentationConfig):
     adversarial: float = Field(1e-3, gt=0, description="lambda_adv of the main output")
     adversarial_auxiliary: float = Field(2e-4, ge=0, description="lambda_adv of the auxiliary output")
     gan: Gan = Field("vanilla", description="loss of the adversary; least_squares goes with adversarial: 0.01")
-    labelled: float = Field(1.0, ge=0, description="weight of cross-entropy on labelled real pictures, where given")
 
 
 class AdaptSegNetConfig(OutputSpaceConfig):

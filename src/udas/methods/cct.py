@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from udas.config import Config, SegmentationConfig, Share
+from udas.config import Config, SemiSupervisedConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.mixing import channel_dropout, inside_picture
 from udas.data.sampling import seed_of
@@ -41,7 +41,7 @@ class Decoders(Config):
     adversarial: int = Field(1, ge=0, description="I-VAT: a step in the direction that changes the prediction most")
 
 
-class CCTConfig(SegmentationConfig):
+class CCTConfig(SemiSupervisedConfig):
     """Settings of cross-consistency training."""
 
     name: Literal["cct"] = "cct"
@@ -60,8 +60,6 @@ class CCTConfig(SegmentationConfig):
     annealing: Share = Field(
         0.4, description="`supervised: bootstrapped` only: share of the training in which eta grows"
     )
-    source: float = Field(1.0, ge=0, description="weight of cross-entropy on synthetic pictures, if given")
-    auxiliary: float = Field(0.1, ge=0, description="weight of auxiliary outputs on labels, where the network has them")
     drop: float = Field(0.5, ge=0, lt=1, description="Drop: probability that a channel is lost")
     active: tuple[Share, Share] = Field(
         (0.7, 0.9), description="F-Drop: range of the threshold as a share of the maximum: from, to"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from udas.config import SegmentationConfig, Share
+from udas.config import SemiSupervisedConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.masks import box_masks
 from udas.data.mixing import inside_picture, partners, paste, strong
@@ -19,7 +19,7 @@ from udas.methods.domains import supervise
 from udas.networks.segmenters import Segmenter
 
 
-class CutMixSegConfig(SegmentationConfig):
+class CutMixSegConfig(SemiSupervisedConfig):
     """Settings of CutMix-Seg."""
 
     name: Literal["cutmixseg"] = "cutmixseg"
@@ -43,8 +43,6 @@ class CutMixSegConfig(SegmentationConfig):
     teacher_norm: Literal["running", "batch"] = Field(
         "running", description="statistics of the teacher's batch norm: running ones in evaluation mode, or the batch's"
     )
-    source: float = Field(1.0, ge=0, description="weight of the cross-entropy on synthetic pictures, where given")
-    auxiliary: float = Field(0.1, ge=0, description="weight of auxiliary outputs on labels, where the network has them")
     keep: Literal["teacher", "student"] = Field("teacher", description="the network that is evaluated and handed on")
 
     @model_validator(mode="before")

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from udas.config import SegmentationConfig, Share
+from udas.config import AdaptationConfig, Share
 from udas.data.batch import Batch, Stream
 from udas.losses import cross_entropy, outputs_cross_entropy
 from udas.methods.adversary import CriticOptimiser
@@ -20,7 +20,7 @@ from udas.networks.segmenters import Outputs
 SOURCE, TARGET = 1, 0  # the critic's two classes
 
 
-class CyCADAConfig(SegmentationConfig):
+class CyCADAConfig(AdaptationConfig):
     """Settings of CyCADA's alignment; the repainting before it is `cyclegan` with a `semantic` weight."""
 
     name: Literal["cycada"] = "cycada"
@@ -35,8 +35,6 @@ class CyCADAConfig(SegmentationConfig):
     window: int = Field(100, gt=0, description="steps over which the critic's accuracy is averaged for the gate")
     critic_width: int = Field(512, gt=1, description="channels of the critic's first convolution; 1024 for features")
     dropout: float = Field(0.5, ge=0, lt=1, description="probability that a channel of the critic is dropped")
-    labelled: float = Field(1.0, ge=0, description="weight of cross-entropy on labelled real pictures, where there are")
-    auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
     average: float | None = Field(None, gt=0, lt=1, description="decay of the running average of weights that is kept")
 
 

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import SegmentationConfig, Share
+from udas.config import AdaptationConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.masks import classmix_masks
 from udas.data.mixing import inside_picture, paste, strong
@@ -20,7 +20,7 @@ from udas.networks.segmenters import Segmenter
 BLUR = (0.15, 1.15)  # pixels; released code
 
 
-class DACSConfig(SegmentationConfig):
+class DACSConfig(AdaptationConfig):
     """Settings of cross-domain mixed sampling."""
 
     name: Literal["dacs"] = "dacs"
@@ -34,8 +34,6 @@ class DACSConfig(SegmentationConfig):
     jitter: float = Field(0.25, ge=0, le=0.5, description="brightness, contrast, saturation, hue of mixed pictures")
     jittered: Share = Field(0.8, description="share of the mixed pictures whose colours are changed")
     blurred: Share = Field(0.5, description="share of the mixed pictures that are blurred")
-    labelled: float = Field(1.0, ge=0, description="weight of cross-entropy on labelled real pictures")
-    auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
     keep: Literal["student", "teacher"] = Field("student", description="the network that is evaluated and handed on")
 
 

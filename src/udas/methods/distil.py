@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import SegmentationConfig
+from udas.config import AdaptationConfig
 from udas.data.batch import Batch, Block, Stream
 from udas.data.randaugment import draw_strong, unchanged
 from udas.losses import cross_entropy, distillation
@@ -16,15 +16,13 @@ from udas.methods.domains import supervise
 from udas.methods.frozen import Frozen
 
 
-class DistilConfig(SegmentationConfig):
+class DistilConfig(AdaptationConfig):
     """Settings of the distillation."""
 
     name: Literal["distil"] = "distil"
     pseudo: float = Field(1.0, ge=0, description="weight of the cross-entropy on pseudo-labels")
     distillation: float = Field(1.0, ge=0, description="beta, weight of L_kd")
-    labelled: float = Field(1.0, ge=0, description="weight of the cross-entropy on labelled real pictures, if given")
     strong: bool = Field(True, description="learn on strong views; false = on the pictures as they come")
-    auxiliary: float = Field(0.1, ge=0, description="weight of auxiliary outputs on labels, where the network has them")
 
 
 class Distil(SegmentationMethod[DistilConfig]):

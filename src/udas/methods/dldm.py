@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import SegmentationConfig
+from udas.config import AdaptationConfig
 from udas.data.batch import Batch, Block, Stream
 from udas.data.mixing import inside_picture
 from udas.losses import kl_divergence, masked_mean
@@ -16,14 +16,12 @@ from udas.methods.domains import supervise
 from udas.methods.frozen import Frozen
 
 
-class DLDMConfig(SegmentationConfig):
+class DLDMConfig(AdaptationConfig):
     """Settings of the student of dual-level domain mixing."""
 
     name: Literal["dldm"] = "dldm"
     distillation: float = Field(0.5, gt=0, description="weight of the divergence from the mean of the teachers")
-    labelled: float = Field(1.0, ge=0, description="weight of the cross-entropy on labelled real pictures")
     pseudo: float = Field(1.0, ge=0, description="weight of the cross-entropy on pseudo-labelled pictures, where given")
-    auxiliary: float = Field(0.1, ge=0, description="weight of auxiliary outputs on labels, where the network has them")
 
 
 class DLDM(SegmentationMethod[DLDMConfig]):

@@ -8,7 +8,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import SegmentationConfig, Share
+from udas.config import AdaptationConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.data.fourier import swap_amplitude
 from udas.data.mixing import inside_picture
@@ -16,7 +16,7 @@ from udas.losses import masked_mean, outputs_cross_entropy, robust_entropy
 from udas.methods.base import Minimise, SegmentationMethod, Task
 
 
-class FDAConfig(SegmentationConfig):
+class FDAConfig(AdaptationConfig):
     """Settings of Fourier domain adaptation."""
 
     name: Literal["fda"] = "fda"
@@ -25,8 +25,6 @@ class FDAConfig(SegmentationConfig):
     eta: float = Field(2.0, gt=0, description="eta, power of the robust penalty on the entropy")
     entropy_from: Share = Field(0.0, description="share of the steps at which the entropy term begins")
     pseudo: float = Field(1.0, ge=0, description="weight of the pseudo-labels in rounds of self-training")
-    labelled: float = Field(1.0, ge=0, description="weight of cross-entropy on labelled real pictures")
-    auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
     average: float | None = Field(None, gt=0, lt=1, description="decay of the running average of weights that is kept")
 
 

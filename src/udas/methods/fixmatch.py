@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import SegmentationConfig, Share
+from udas.config import SemiSupervisedConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream, together
 from udas.data.masks import sized_boxes
 from udas.data.mixing import inside_picture, partners, paste, strong
@@ -21,14 +21,12 @@ from udas.networks.segmenters import Segmenter
 HALF = 0.5  # the published sum of supervised and unsupervised losses is halved
 
 
-class WeakToStrongConfig(SegmentationConfig):
+class WeakToStrongConfig(SemiSupervisedConfig):
     """What FixMatch and UniMatch share."""
 
     threshold: Share = Field(0.95, description="tau, confidence from which a pseudo-label counts; Cityscapes: 0")
     cutmix: Share = Field(0.5, description="probability that a box of another picture is pasted on a strong view")
     share: tuple[Share, Share] = Field((0.02, 0.4), description="area of that box as a share of the picture: from, to")
-    source: float = Field(1.0, ge=0, description="weight of the cross-entropy on synthetic pictures, where given")
-    auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
 
 
 W = TypeVar("W", bound=WeakToStrongConfig)

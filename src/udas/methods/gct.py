@@ -10,7 +10,7 @@ from kornia.filters import gaussian_blur2d
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import SegmentationConfig, Share
+from udas.config import SemiSupervisedConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream, together
 from udas.data.mixing import inside_picture
 from udas.losses import masked_mean
@@ -26,7 +26,7 @@ FLAWLESS = 0.1  # a map that stays below has no flaw; released code
 TINY = 1e-9  # keeps the scaling of a flat map finite; released code
 
 
-class GCTConfig(SegmentationConfig):
+class GCTConfig(SemiSupervisedConfig):
     """Settings of guided collaborative training."""
 
     name: Literal["gct"] = "gct"
@@ -40,8 +40,6 @@ class GCTConfig(SegmentationConfig):
     detector_width: int = Field(64, gt=1, description="channels of the flaw detector's first stage")
     detector_stages: int = Field(4, gt=0, description="stages of the flaw detector, F; each halves the picture")
     batch_share: Share = Field(0.5, description="share of F's channels with batch norm, the others have instance norm")
-    source: float = Field(1.0, ge=0, description="weight of cross-entropy on synthetic pictures, where given")
-    auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
     keep: Literal["left", "right"] = Field("left", description="the network that is evaluated and handed on")
 
 

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 
-from udas.config import SegmentationConfig
+from udas.config import AdaptationConfig
 from udas.data.batch import Batch, Stream
 from udas.data.mixing import inside_picture
 from udas.losses import entropy, masked_mean
@@ -15,14 +15,13 @@ from udas.methods.base import SegmentationMethod, Task
 from udas.methods.domains import LABELLED_DOMAINS, labelled_domain, supervise
 
 
-class MinEntConfig(SegmentationConfig):
+class MinEntConfig(AdaptationConfig):
     """Settings of MinEnt. The network decides the levels: one whose name ends in `_multi` has two outputs."""
 
     name: Literal["minent"] = "minent"
     auxiliary: float = Field(0.1, ge=0, description="lambda_seg of the auxiliary output, where the network has one")
     entropy: float = Field(1e-3, gt=0, description="lambda_ent of the main output")
     entropy_auxiliary: float = Field(2e-4, ge=0, description="lambda_ent of the auxiliary output")
-    labelled: float = Field(1.0, ge=0, description="weight of cross-entropy on labelled real pictures, where given")
 
 
 class MinEnt(SegmentationMethod[MinEntConfig]):

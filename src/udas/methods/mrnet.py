@@ -9,7 +9,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from udas.config import SegmentationConfig, Share
+from udas.config import AdaptationConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.errors import ConfigError
 from udas.losses import balanced_cross_entropy, kl_divergence
@@ -21,7 +21,7 @@ from udas.networks.segmenters import Segmenter
 MOMENTUM = 0.9  # of the memory of how often classes are there
 
 
-class MRNetConfig(SegmentationConfig):
+class MRNetConfig(AdaptationConfig):
     """Settings of MRNet."""
 
     name: Literal["mrnet"] = "mrnet"
@@ -38,7 +38,6 @@ class MRNetConfig(SegmentationConfig):
     rare_weight: float = Field(7.0, ge=1, description="weight of a class that is rare in the batch; 1 = no balancing")
     rare_share: Share = Field(1 / 128, description="a class with a smaller share of the batch's pixels is rare")
     hard_share: Share = Field(0.2, description="share of hardest source pixels that count; 1 = all")
-    labelled: float = Field(1.0, ge=0, description="weight of cross-entropy on labelled real pictures, where given")
 
 
 class MRNet(SegmentationMethod[MRNetConfig]):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import SegmentationConfig
+from udas.config import AdaptationConfig
 from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.mixing import inside_picture
 from udas.data.randaugment import draw_strong, unchanged
@@ -21,7 +21,7 @@ from udas.methods.prototypes import Prototypes, fitting_prototypes
 from udas.networks.segmenters import Outputs
 
 
-class ProDAConfig(SegmentationConfig):
+class ProDAConfig(AdaptationConfig):
     """Settings of ProDA's stage 1."""
 
     name: Literal["proda"] = "proda"
@@ -29,7 +29,6 @@ class ProDAConfig(SegmentationConfig):
     beta: float = Field(1.0, ge=0, description="beta, weight of the reversed cross-entropy in L_sce")
     structure: float = Field(10.0, ge=0, description="gamma_1, weight of L_kl, the consistency of feature structure")
     regularisation: float = Field(0.1, ge=0, description="gamma_2, weight of L_reg, against sure predictions")
-    labelled: float = Field(1.0, ge=0, description="weight of the cross-entropy on labelled real pictures, if given")
     temperature: float = Field(1.0, gt=0, description="tau: weights are softmax(-tau distance to the prototypes)")
     reweight: Literal["prototypes", "prediction", "none"] = Field(
         "prototypes", description="w_k: from distances to the prototypes, the averaged network's prediction, or 1"
@@ -45,7 +44,6 @@ class ProDAConfig(SegmentationConfig):
     averaged_norm: Literal["batch", "running"] = Field(
         "batch", description="the averaged network runs in training mode (batch statistics, dropout) or in evaluation"
     )
-    auxiliary: float = Field(0.1, ge=0, description="weight of auxiliary outputs on labels, where the network has them")
 
 
 class Belief(NamedTuple):

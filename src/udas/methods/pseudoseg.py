@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import SegmentationConfig, Share
+from udas.config import SemiSupervisedConfig, Share
 from udas.data.batch import IGNORE, Batch, Block, Stream
 from udas.data.masks import cutout_masks
 from udas.data.mixing import inside_picture, jitter
@@ -19,12 +19,11 @@ from udas.methods.domains import supervise
 from udas.networks.self_attention import SelfAttentionGradCAM
 
 
-class PseudoSegConfig(SegmentationConfig):
+class PseudoSegConfig(SemiSupervisedConfig):
     """Settings of PseudoSeg."""
 
     name: Literal["pseudoseg"] = "pseudoseg"
     consistency: float = Field(1.0, ge=0, description="weight of L_u, the loss on unlabelled pictures")
-    source: float = Field(1.0, ge=0, description="weight of the cross-entropy on synthetic pictures, if given")
     gamma: Share = Field(0.5, description="gamma, share of the decoder in the fused labels; the rest is SGC's")
     temperature: float = Field(0.5, gt=0, description="T of the sharpening; 1 = none")
     calibration: Literal["batch", "picture"] = Field(
@@ -35,7 +34,6 @@ class PseudoSegConfig(SegmentationConfig):
     batch_norm: bool = Field(True, description="SGC's last convolution has a batch norm; else a bias")
     jitter: float = Field(0.5, ge=0, le=1, description="brightness, contrast, saturation of strong views; hue half")
     cutout: Share = Field(0.195, description="side of the hidden square, of the shorter side; 100 of 513 pixels")
-    auxiliary: float = Field(0.1, ge=0, description="weight of auxiliary outputs on labels, where the network has them")
 
 
 class PseudoSeg(SegmentationMethod[PseudoSegConfig]):

@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 
-from udas.config import SegmentationConfig, Share
+from udas.config import AdaptationConfig, Share
 from udas.data.batch import Batch, Block, Stream
 from udas.losses import balanced_cross_entropy, rectified_cross_entropy
 from udas.methods.base import SegmentationMethod, Task
@@ -15,14 +15,13 @@ from udas.methods.domains import supervise
 from udas.methods.mrnet import ClassBalance, require_two_outputs
 
 
-class RectifiedConfig(SegmentationConfig):
+class RectifiedConfig(AdaptationConfig):
     """Settings of training on rectified pseudo-labels."""
 
     name: Literal["rectified"] = "rectified"
     auxiliary: float = Field(0.5, ge=0, description="lambda_seg of the auxiliary output")
     rare_weight: float = Field(7.0, ge=1, description="weight of a class that is rare in the batch; 1 = no balancing")
     rare_share: Share = Field(1 / 32, description="a class with a smaller share of the batch's pixels is rare")
-    labelled: float = Field(1.0, ge=0, description="weight of cross-entropy on labelled real pictures, where given")
     plain: Share | None = Field(
         None, description="to compare with: plain pseudo-labels by the L_seg of mrnet, on this share of hardest pixels"
     )

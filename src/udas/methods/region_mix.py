@@ -21,7 +21,6 @@ class RegionMixConfig(SegmentationConfig):
 
     name: Literal["region_mix"] = "region_mix"
     pseudo: float = Field(1.0, ge=0, description="weight of mixed pictures whose real part has pseudo-labels")
-    auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
 
 
 class RegionMix(SegmentationMethod[RegionMixConfig]):

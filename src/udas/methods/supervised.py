@@ -26,9 +26,6 @@ class SupervisedConfig(SegmentationConfig):
         default_factory=dict, description="w_c of a class by name; 1 if not named"
     )
     hard_share: Share = Field(1.0, description="share of hardest pixels that count (OHEM); 1 = all")
-    auxiliary: float = Field(
-        0.1, ge=0, description="weight of the loss on auxiliary outputs, where the network has them"
-    )
     confidence: bool = Field(False, description="weight pseudo-labels by their confidence")
     strong: bool = Field(False, description="strong colour augmentation of the pseudo-labelled pictures, on the device")
     average: float | None = Field(None, gt=0, lt=1, description="decay of the running average of weights that is kept")

@@ -36,7 +36,6 @@ class UDASConfig(SegmentationConfig):
     gan: Gan = Field("least_squares", description="loss of the adversary")
     temperature: float = Field(1.0, gt=0, description="T: the critic sees softmax(logits / T); below 1 sharpens")
     confidence: Share = Field(0.0, description="pixels less confident than this are blanked before the critic")
-    auxiliary: float = Field(0.1, ge=0, description="weight of the auxiliary outputs, where the network has them")
     hard_share: Share = Field(1.0, description="share of hardest labelled pixels that count (OHEM); 1 = all")
     average: float | None = Field(None, gt=0, lt=1, description="decay of the running average of weights that is kept")
 
