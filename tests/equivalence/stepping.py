@@ -23,6 +23,13 @@ def advance(engine, method, batch, step=0):
     return engine.take_losses()
 
 
+def assert_same_weights(ours, theirs, rtol=1e-5, atol=2e-6):
+    """All that a naive network holds is as in the method's, statistics of batch norms included."""
+    found = ours.state_dict()
+    for key, value in theirs.state_dict().items():
+        torch.testing.assert_close(found[key], value, rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+
+
 def turns(engine, players):
     """Fills up, step by step, with (optimiser, {player: does it have a gradient?}) as each optimiser steps."""
     seen = []

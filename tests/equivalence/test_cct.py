@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
-from equivalence.stepping import advance, lend_engine
+from equivalence.stepping import advance, assert_same_weights, lend_engine
 from equivalence.test_perturbations import drawn, naive_boxes, quotient
 from udas.config import NetworkConfig
 from udas.data.batch import IGNORE, Batch, Stream
@@ -156,10 +156,8 @@ def test_step_is_the_formula(case):
         seen = batch(step, streams)
         assert advance(engine, method, seen, step) == pytest.approx(naive.step(seen, step), rel=1e-4)
         for ours, theirs in ((method.segmenter, naive.net), (method.heads, naive.heads)):
-            found = ours.state_dict()
-            for key, value in theirs.state_dict().items():
-                torch.testing.assert_close(found[key], value, rtol=1e-4, atol=5e-6, msg=key)
-            theirs.load_state_dict(found)  # on from equal weights: their rounding can turn a ReLU in the next step
+            assert_same_weights(ours, theirs, rtol=1e-4, atol=5e-6)
+            theirs.load_state_dict(ours.state_dict())  # on from equal weights: rounding can turn a ReLU later
     if "context" in naive.kinds:
         assert all(0.02 < objects.float().mean() < 0.98 for objects in naive.objects), "one of the masks is trivial"
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
-from equivalence.stepping import advance, lend_engine, turns
+from equivalence.stepping import advance, assert_same_weights, lend_engine, turns
 from udas.data.batch import IGNORE, Batch, Stream
 from udas.methods.cycada import SOURCE, TARGET, CyCADA, CyCADAConfig, Gate, accuracy, domain_cross_entropy
 from udas.validation import validate
@@ -116,10 +116,8 @@ def test_step_is_the_formula(case):
         assert advance(engine, method, seen, step) == pytest.approx(naive.step(seen, step), rel=2e-5)
     assert set(naive.gates) == ({True, False} if case == "gate" else {True})
     convolutions = nn.ModuleList(m for m in method.critic.modules() if isinstance(m, nn.Conv2d))
-    for title, ours, theirs in (("net", method.segmenter, naive.net), ("critic", convolutions, naive.layers)):
-        found = ours.state_dict()
-        for key, value in theirs.state_dict().items():
-            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=2e-6, msg=f"{title}.{key}")
+    for ours, theirs in ((method.segmenter, naive.net), (convolutions, naive.layers)):
+        assert_same_weights(ours, theirs)
 
 
 @pytest.mark.parametrize("settings", [{"gate": None}, {"gate": None, "evidence": "features"}, {"gate": 1.0}])

@@ -14,7 +14,7 @@ from torch import nn
 
 from equivalence.small import naive_cross_entropy
 from equivalence.small import task as small_task
-from equivalence.stepping import advance, lend_engine, turns
+from equivalence.stepping import advance, assert_same_weights, lend_engine, turns
 from udas.data.batch import Batch, Block
 from udas.data.sampling import seed_of
 from udas.errors import ConfigError, DataError
@@ -120,9 +120,7 @@ def test_step_is_the_formula(lambda_idt):
         assert sum(losses.values()) - critics == pytest.approx(generators, rel=1e-6)  # logged in float32
         assert critics == pytest.approx(discriminators, rel=1e-6)
     for name in ("G", "F", "D_X", "D_Y"):
-        ours, theirs = getattr(method, name).state_dict(), getattr(naive, name).state_dict()
-        for key in theirs:
-            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-8, atol=1e-10, msg=f"{name}.{key}")
+        assert_same_weights(getattr(method, name), getattr(naive, name), rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(method.pool_x.pictures, torch.stack(naive.kept_x), rtol=0, atol=1e-10)
     torch.testing.assert_close(method.pool_y.pictures, torch.stack(naive.kept_y), rtol=0, atol=1e-10)
     assert naive.swaps == {True, False}  # the three steps show both fresh and old pictures
@@ -233,9 +231,7 @@ def test_semantic_term_is_the_formula(monkeypatch):
         generators, _ = naive.step(seen)
         assert sum(losses.values()) - losses["D_X"] - losses["D_Y"] == pytest.approx(generators, rel=1e-6)
     for name in ("G", "F", "D_X", "D_Y"):
-        ours, theirs = getattr(method, name).state_dict(), getattr(naive, name).state_dict()
-        for key in theirs:
-            torch.testing.assert_close(ours[key], theirs[key], rtol=1e-8, atol=1e-10, msg=f"{name}.{key}")
+        assert_same_weights(getattr(method, name), getattr(naive, name), rtol=1e-8, atol=1e-10)
 
 
 def test_f_s_stays_as_it_was_and_is_seen_in_evaluation():

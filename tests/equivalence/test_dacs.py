@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
-from equivalence.stepping import advance, lend_engine
+from equivalence.stepping import advance, assert_same_weights, lend_engine
 from udas.data.batch import IGNORE, Batch, Stream
 from udas.data.masks import classmix_masks
 from udas.data.mixing import strong
@@ -108,9 +108,7 @@ def test_step_is_the_formula(case):
         seen = batch(step, streams)
         assert advance(engine, method, seen, step) == pytest.approx(naive.step(seen, step), rel=2e-5)
     for ours, theirs in ((method.segmenter, naive.net), (method.teacher.module, naive.teacher)):
-        found = ours.state_dict()
-        for key, value in theirs.state_dict().items():
-            torch.testing.assert_close(found[key], value, rtol=1e-5, atol=2e-6, msg=key)
+        assert_same_weights(ours, theirs)
 
 
 class Certain(nn.Module):

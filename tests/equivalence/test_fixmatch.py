@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
-from equivalence.stepping import advance, lend_engine
+from equivalence.stepping import advance, assert_same_weights, lend_engine
 from udas.data.batch import IGNORE, Batch, Stream
 from udas.data.masks import sized_boxes
 from udas.data.mixing import channel_dropout, strong
@@ -167,9 +167,7 @@ def test_step_is_the_formula(name, case):
         expected = naive.step(seen, step)
         assert advance(engine, method, seen, step) == pytest.approx(expected, rel=2e-5)
         assert all(term > 0 for term in expected.values())
-    found = method.segmenter.state_dict()
-    for key, value in naive.net.state_dict().items():
-        torch.testing.assert_close(found[key], value, rtol=1e-5, atol=2e-6, msg=key)
+    assert_same_weights(method.segmenter, naive.net)
 
 
 def test_the_defaults_are_the_published_ones():

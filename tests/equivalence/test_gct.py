@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
-from equivalence.stepping import advance, lend_engine, turns
+from equivalence.stepping import advance, assert_same_weights, lend_engine, turns
 from udas.data.batch import IGNORE, Batch, Stream
 from udas.data.mixing import inside_picture
 from udas.errors import ConfigError
@@ -225,9 +225,7 @@ def test_step_is_the_formula(case, double):
     for ours, theirs in zip(
         (method.segmenter, method.right, method.detector), (*naive.nets, naive.detector), strict=True
     ):
-        found = ours.state_dict()
-        for key, value in theirs.state_dict().items():
-            torch.testing.assert_close(found[key], value, rtol=1e-7, atol=1e-9, msg=key)
+        assert_same_weights(ours, theirs, rtol=1e-7, atol=1e-9)
 
 
 def test_the_defaults_are_the_published_ones():

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from equivalence.small import block, naive_cross_entropy, task
-from equivalence.stepping import advance, lend_engine, turns
+from equivalence.stepping import advance, assert_same_weights, lend_engine, turns
 from udas.data.batch import IGNORE, Batch, Stream
 from udas.errors import ConfigError
 from udas.losses import balanced_cross_entropy
@@ -150,12 +150,9 @@ def test_step_is_the_formula(case):
     for step in range(4 if case == "as published" else 2):
         seen = batch(step, streams)
         assert advance(engine, method, seen, step) == pytest.approx(naive.step(seen, step), rel=5e-5)
-    found = method.segmenter.state_dict()
-    for key, value in naive.net.state_dict().items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=5e-6, msg=key)
+    assert_same_weights(method.segmenter, naive.net, rtol=1e-4, atol=5e-6)
     for ours, theirs in zip(method.critics, naive.critics, strict=True):
-        for key, value in theirs.state_dict().items():
-            torch.testing.assert_close(ours.state_dict()[key], value, rtol=1e-4, atol=5e-6, msg=f"critic {key}")
+        assert_same_weights(ours, theirs, rtol=1e-4, atol=5e-6)
     assert method.balance.missing.tolist() == pytest.approx(naive.often)
 
 

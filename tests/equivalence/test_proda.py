@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
-from equivalence.stepping import advance, lend_engine
+from equivalence.stepping import advance, assert_same_weights, lend_engine
 from udas.data.batch import IGNORE, Batch, Stream
 from udas.data.randaugment import draw_strong
 from udas.errors import ConfigError
@@ -173,10 +173,8 @@ def test_the_step_of_proda_is_the_formula(case):
     for step in range(2):
         seen = batch(step, streams)
         assert advance(engine, method, seen, step) == pytest.approx(naive.step(seen, step), rel=5e-5)
-    for title, ours, theirs in (("net", method.segmenter, naive.net), ("slow", method.averaged.module, naive.slow)):
-        found = ours.state_dict()
-        for key, value in theirs.state_dict().items():
-            torch.testing.assert_close(found[key], value, rtol=1e-4, atol=5e-5, msg=f"{title}.{key}")
+    for ours, theirs in ((method.segmenter, naive.net), (method.averaged.module, naive.slow)):
+        assert_same_weights(ours, theirs, rtol=1e-4, atol=5e-5)
     for k, eta in enumerate(naive.eta):
         expected = torch.zeros_like(method.prototypes.vectors[k]) if eta is None else eta
         torch.testing.assert_close(method.prototypes.vectors[k], expected, rtol=1e-4, atol=1e-5)
@@ -318,8 +316,7 @@ def test_the_step_of_the_distillation_is_the_formula(streams):
     for step in range(3):
         seen = batch(step, streams)
         assert advance(engine, method, seen, step) == pytest.approx(naive.step(seen, step), rel=5e-5)
-    for key, value in naive.net.state_dict().items():
-        torch.testing.assert_close(method.segmenter.state_dict()[key], value, rtol=1e-4, atol=1e-5, msg=key)
+    assert_same_weights(method.segmenter, naive.net, rtol=1e-4, atol=1e-5)
 
 
 def test_a_student_that_equals_its_teacher_learns_nothing_from_it():

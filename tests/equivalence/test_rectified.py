@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from equivalence.small import block, naive_cross_entropy, task
-from equivalence.stepping import advance, lend_engine
+from equivalence.stepping import advance, assert_same_weights, lend_engine
 from udas.data.batch import IGNORE, Batch, Stream
 from udas.errors import ConfigError
 from udas.losses import balanced_cross_entropy, cross_entropy, kl_divergence, rectified_cross_entropy
@@ -96,9 +96,7 @@ def test_step_is_the_formula(streams, settings):
     for step in range(2):
         seen = batch(step, streams)
         assert advance(engine, method, seen, step) == pytest.approx(naive.step(seen, step), rel=5e-5)
-    found = method.segmenter.state_dict()
-    for key, value in naive.net.state_dict().items():
-        torch.testing.assert_close(found[key], value, rtol=1e-4, atol=5e-6, msg=key)
+    assert_same_weights(method.segmenter, naive.net, rtol=1e-4, atol=5e-6)
 
 
 def test_plain_pseudo_labels_are_learnt_on_the_hardest_pixels():
