@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from udas.config import AugmentConfig
 from udas.data.batch import IGNORE
-from udas.data.masks import box_masks, sized_boxes
+from udas.data.masks import box_masks, cutmix_boxes, cutout_masks, sized_boxes
 from udas.data.mixing import channel_dropout, inside_picture, partners
 from udas.data.sampling import seed_of
 from udas.data.transforms import augment
@@ -54,6 +54,20 @@ def test_the_place_is_uniform_over_all_that_fit(boxes):
         assert place.std().item() == pytest.approx(12**-0.5, abs=0.02)
 
 
+@pytest.mark.parametrize("boxes", [*GENERATORS.values(), cutmix_boxes, lambda *size: cutout_masks(*size, 0.3)[:, None]])
+def test_rows_and_columns_are_drawn_apart(boxes):
+    found = boxes(many(2000), 40, 60)[:, 0].float()
+    lines = found.amax(2), found.amax(1)
+    centres = [(line * torch.arange(line.shape[1])).sum(1) / line.sum(1).clamp(min=1) for line in lines]
+    assert abs(torch.corrcoef(torch.stack(centres))[0, 1].item()) < 4 / 2000**0.5
+
+
+def test_squares_are_shares_of_the_shorter_side():
+    for height, width in ((80, 40), (40, 80)):
+        masks = cutout_masks(many(200), height, width, 0.25)
+        assert (masks.any(2).sum(1).max(), masks.any(1).sum(1).max()) == (10, 10)
+
+
 def test_masks_cover_the_share_whatever_their_shape():
     found = box_masks(many(1500), 100, 100)
     assert found.float().mean((1, 2, 3)).sub(0.5).abs().max() < 0.02
@@ -81,6 +95,11 @@ def test_sized_boxes_keep_their_ranges():
     assert 0.27 < (tall / wide).min() < 0.35
     assert 3.0 < (tall / wide).max() < 3.6
     assert (tall / wide)[area < 0.25].median().item() == pytest.approx((0.3 + 1 / 0.3) / 2, abs=0.15)
+
+
+def test_large_sized_boxes_have_shapes_that_fit():
+    area = sized_boxes(many(500), 100, 100, (0.6, 0.9)).float().mean((1, 2, 3))
+    assert 0.58 < area.min() < area.max() < 0.92
 
 
 def test_sized_boxes_come_with_their_probability():

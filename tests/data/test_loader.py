@@ -189,6 +189,7 @@ def test_what_goes_to_a_spawned_worker_gives_the_same(streams, whole):
     assert all_same([travelled[keys] for keys in loader.sampler], whole)
 
 
+@pytest.mark.usefixtures("foreground")
 def test_workers_leave_ctrl_c_to_the_training_process(streams, whole):
     """It reaches them, too; the step they work for is still to be finished and saved."""
     arriving = iter(make_loader(streams, BATCH, AUGMENT, 11, 0, 6, workers=2))
@@ -198,6 +199,7 @@ def test_workers_leave_ctrl_c_to_the_training_process(streams, whole):
     assert all_same(seen + list(arriving), whole)
 
 
+@pytest.mark.usefixtures("foreground")
 def test_workers_that_are_just_starting_leave_ctrl_c_and_sigterm_to_it_too(streams, whole, monkeypatch):
     def late(worker: int) -> None:
         os.kill(os.getpid(), signal.SIGINT)

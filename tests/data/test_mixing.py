@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import combinations
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ import torchvision.transforms.v2.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from udas.data import sampling
 from udas.data.batch import IGNORE
-from udas.data.masks import classmix_masks, cutmix_boxes
+from udas.data.masks import box_masks, classmix_masks, cutmix_boxes, cutout_masks, sized_boxes
 from udas.data.mixing import jitter, paste, strong
 from udas.data.sampling import seed_of
 from udas.errors import ConfigError
@@ -196,6 +198,28 @@ def test_jitter_is_torchvisions_with_a_factor_per_picture(name, neutral, spread)
     assert factors.mean() == pytest.approx(neutral, abs=0.35 * spread)
 
 
+def test_jitter_is_its_four_changes_in_order():
+    image = noise(30)
+    expected = image
+    for only in torch.eye(4):
+        expected = jitter(expected, many(30), *(only * torch.tensor([0.5, 0.5, 0.5, 0.2])).tolist())
+    torch.testing.assert_close(jitter(image, many(30), 0.5, 0.5, 0.5, 0.2), expected, rtol=0, atol=1e-5)
+
+
+def test_the_factors_of_jitter_are_drawn_apart():
+    tinted = 0.4 + 0.2 * noise(1).expand(1000, -1, -1, -1) * torch.tensor([1.0, 0.9, 0.6]).view(3, 1, 1)
+    brighter, harder, gaudier, turned = (
+        jitter(tinted, many(1000), *(only * torch.tensor([0.3, 0.3, 0.3, 0.05])).tolist()) for only in torch.eye(4)
+    )
+    measures = [
+        brighter.mean((1, 2, 3)),
+        harder.mean(1).std((1, 2)),
+        (gaudier.amax(1) - gaudier.amin(1)).mean((1, 2)),
+        (turned[:, 1] - turned[:, 2]).mean((1, 2)),
+    ]
+    assert (torch.corrcoef(torch.stack(measures)) - torch.eye(4)).abs().max() < 4 / math.sqrt(1000)
+
+
 def test_a_strength_of_zero_changes_nothing():
     assert torch.equal(jitter(noise(), many(3), 0, 0, 0, 0), noise())
     assert torch.equal(strong(noise(), many(3), jittered=0, grey=0, blurred=0), noise())
@@ -213,10 +237,23 @@ def test_strong_steps_come_with_their_probabilities():
     blurred = strong(image, many(count), jittered=0, grey=0, blurred=0.5)
     assert 250 < (blurred != image).any(3).any(2).any(1).sum() < 350
     jittered = strong(image, many(count), jittered=0.8, grey=0, blurred=0)
-    both = strong(image, many(count), jittered=0.5, grey=0.5, blurred=0)
-    only_grey = strong(image, many(count), jittered=0, grey=1, blurred=0)
-    assert 110 < (both == only_grey).all(3).all(2).all(1).sum() < 190, "the steps are not independent"
     assert 440 < (jittered != image).any(3).any(2).any(1).sum() < 520
+
+
+@pytest.mark.parametrize("pair", combinations(("jittered", "grey", "blurred"), 2))
+def test_strong_steps_are_independent(pair):
+    image = noise(1, 8, 8).expand(600, -1, -1, -1)
+    changed = strong(image, many(600), **{"jittered": 0, "grey": 0, "blurred": 0} | dict.fromkeys(pair, 0.5))
+    assert 110 < (changed == image).flatten(1).all(1).sum() < 190  # 150 expected, standard deviation 11
+
+
+def test_strong_is_jitter_and_then_grey():
+    image, strengths = noise(8), (0.3, 0.4, 0.5, 0.1)
+    coloured = jitter(image, many(8), *strengths)
+    torch.testing.assert_close(strong(image, many(8), *strengths, jittered=1, grey=0, blurred=0), coloured)
+    grey = F.rgb_to_grayscale(coloured, num_output_channels=3)
+    found = strong(image, many(8), *strengths, jittered=1, grey=1, blurred=0)
+    torch.testing.assert_close(found, grey, rtol=0, atol=1e-3)  # torchvision's luma has four digits
 
 
 def test_grey_weighs_the_channels_as_luma():
@@ -263,6 +300,19 @@ def test_the_uses_of_a_seed_are_independent():
     flat = torch.full((2000, 3, 1, 1), 0.5)
     brightness = jitter(flat, picture_seeds, 0.5, 0, 0, 0)[:, 0, 0, 0]
     assert abs(torch.corrcoef(torch.stack([area, brightness]))[0, 1].item()) < 4 / math.sqrt(2000)
+
+
+def test_each_use_of_a_seed_has_its_own_purpose(monkeypatch):
+    def uniform_rows(seeds, purpose, *rest):
+        asked.append(purpose)
+        return original(seeds, purpose, *rest)
+
+    asked, original = [], sampling.uniform_rows
+    monkeypatch.setattr(sampling, "uniform_rows", uniform_rows)
+    for boxes in (cutmix_boxes, box_masks, sized_boxes, lambda *size: cutout_masks(*size, 0.5)):
+        boxes(many(2), 8, 8)
+    strong(noise(2), many(2))
+    assert len(set(asked)) == len(asked) == 6
 
 
 @pytest.mark.gpu

@@ -140,6 +140,10 @@ CASES = {
     "synthetic pictures too": (ALL, {"source": 0.7, "decoders": NONE | {"dropout": 1, "adversarial": 1}}),
     "annealed": (SSL, {"supervised": "bootstrapped", "decoders": NONE | {"noise": 1}}),
     "two levels": (ALL, {"network": "deeplabv2_multi", "auxiliary": 0.3, "decoders": NONE | {"feature_drop": 1}}),
+    "two levels, annealed": (
+        SSL,
+        {"network": "deeplabv2_multi", "supervised": "bootstrapped", "decoders": NONE | {"noise": 1}},
+    ),
     "other numbers": (
         SSL,
         {"drop": 0.3, "active": [0.4, 0.6], "strength": 0.7, "erase": 0.8, "epsilon": 5.0, "consistency": 4.0},
@@ -269,6 +273,21 @@ def test_the_weight_grows_within_its_share_of_the_training():
     losses = [advance(engine, method, seen, step)["consistency"] for step in range(6)]
     expected = [math.exp(-5 * (1 - min(t / 3, 1)) ** 2) for t in range(6)]
     assert [loss / losses[-1] for loss in losses] == pytest.approx(expected, rel=1e-4)
+
+
+def test_ramps_end_at_the_nearest_step():
+    assert [make()._steps(share) for share in (0.1, 0.29, 0.31)] == [1, 3, 3]  # of 10; 0.29 x 10 is not exact
+
+
+@pytest.mark.parametrize("network", ["deeplabv2", "deeplabv3plus"])
+def test_outlines_are_in_pixels_of_the_picture(network):
+    method = make(network=network, foreground=["car"], outline=50, decoders=NONE | {"cutout": 1})
+    target, stride = torch.zeros(2, 3, 64, 64), method.segmenter.stride
+    target[:, 0] = 0.5
+    target[0, 1, 16:32, 16:32] = 1  # an outline of 64 pixels
+    target[1, 1, 16:24, 16:24] = 1  # of 32
+    boxes = method._guide(target, torch.zeros(2, 4, 64 // stride, 64 // stride)).boxes
+    assert boxes.any(2).sum(1).tolist() == [1, 0]
 
 
 def test_unsure_labels_are_those_that_count():

@@ -125,14 +125,15 @@ class NaiveRegions(Naive):
         return image, label
 
 
+TWO_LEVELS = {"network": "deeplabv2_multi", "auxiliary": 0.3}
 CASES = {
     "student": (student, NaiveStudent, SEMI, {}),
     "student, weights": (student, NaiveStudent, SEMI, {"distillation": 2.0, "labelled": 0.7}),
     "student, pseudo-labels": (student, NaiveStudent, (*SEMI, Stream.PSEUDO), {"pseudo": 0.6}),
-    "student, two levels": (student, NaiveStudent, SEMI, {"network": "deeplabv2_multi", "auxiliary": 0.3}),
+    "student, two levels": (student, NaiveStudent, (*SEMI, Stream.PSEUDO), TWO_LEVELS),
     "regions": (regions, NaiveRegions, SUPERVISED, {}),
     "regions, pseudo-labels": (regions, NaiveRegions, (*SUPERVISED, Stream.PSEUDO), {"pseudo": 0.6}),
-    "regions, two levels": (regions, NaiveRegions, SUPERVISED, {"network": "deeplabv2_multi", "auxiliary": 0.3}),
+    "regions, two levels": (regions, NaiveRegions, (*SUPERVISED, Stream.PSEUDO), TWO_LEVELS),
 }
 
 

@@ -19,6 +19,7 @@ from udas.methods.gct import (
     GCT,
     GCTConfig,
     Prediction,
+    blur,
     exchange,
     ground_truth,
     kernel_size,
@@ -276,6 +277,15 @@ def test_the_kept_network_is_a_choice():
     assert right.model() is right.right
 
 
+def test_each_player_learns_by_its_own_settings():
+    method = make(optimiser=SGD | {"head_factor": 10}, detector_optimiser=SGD | {"lr": 0.5})
+    players = method.optimised()
+    for side in ("left", "right"):
+        assert players[side].config is method.config.optimiser
+        assert [group["factor"] for group in players[side].groups] == [1, 10]
+    assert players["detector"].config is method.config.detector_optimiser
+
+
 def test_each_turn_moves_one_player():
     method = make(ALL)
     players = {name: list(getattr(method, name).parameters()) for name in ("segmenter", "right", "detector")}
@@ -363,6 +373,14 @@ def test_a_flaw_reaches_its_neighbours_and_a_faint_one_of_a_pixel_is_none():
     assert not faint.any()
     expected = [math.exp(-(i * i) / (2 * 1.1**2)) for i in (0, 1, 2)]
     assert clear[0, 30, 20:24].tolist() == pytest.approx([*expected, 0], rel=1e-4)
+
+
+def test_flaws_are_blurred_by_shares_of_the_shorter_side_in_full_precision():
+    maps = torch.rand(2, 1, 40, 64)
+    torch.testing.assert_close(blur(maps.mT.contiguous(), 8), blur(maps, 8).mT)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = blur(maps, 8)
+    assert torch.equal(inside, blur(maps, 8))
 
 
 # ----------------------------------------------------------------------------------------------------- ground truth

@@ -221,6 +221,13 @@ def test_a_head_doubles_its_size_per_stage(stages):
     torch.testing.assert_close(head(z), scores)
 
 
+def test_a_head_begins_with_he_weights():
+    """Else scores shrink with every stage."""
+    head = PixelShuffleHead(256, 64, 1)
+    assert head[0].weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.05)
+    assert head[1][0].weight.std().item() == pytest.approx((2 / 64) ** 0.5, rel=0.05)
+
+
 def test_a_head_begins_as_nearest_neighbour_upsampling():
     found = PixelShuffleHead(4, 3, 3)(features())
     coarse = found[:, :, ::8, ::8].repeat_interleave(8, 2).repeat_interleave(8, 3)

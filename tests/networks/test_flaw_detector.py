@@ -33,6 +33,7 @@ def test_it_is_the_published_network():
     assert [m.num_features for m in detector.modules() if isinstance(m, nn.BatchNorm2d)] == [
         w // 2 for w in widths[1:-1]
     ]
+    assert [type(layer) for layer in detector.layers] == [nn.Conv2d, IBNorm, nn.LeakyReLU] * 7
     assert {m.negative_slope for m in detector.modules() if isinstance(m, nn.LeakyReLU)} == {0.2}
 
 
@@ -49,6 +50,12 @@ def test_flaws_have_the_pictures_size_with_their_corners_on_its_corners():
     assert flaws.shape == (2, 1, 90, 131)
     for corner in ((0, 0), (0, -1), (-1, 0), (-1, -1)):
         torch.testing.assert_close(flaws[:, 0, *corner], scores[0][:, 0, *corner])
+
+
+def test_flaws_are_found_in_full_precision():
+    with torch.autocast("cpu", torch.bfloat16):
+        flaws = FlawDetector(3, width=4, stages=2)(torch.rand(2, 3, 40, 64), torch.rand(2, 3, 40, 64))
+    assert flaws.dtype == torch.float32
 
 
 def test_flaws_are_not_bound_to_an_interval():

@@ -8,7 +8,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,14 +183,6 @@ def test_a_broken_picture_stops_with_its_name_and_keeps_the_checkpoint(tmp_path:
     with pytest.raises(DataError, match=broken.image.name):
         training(tmp_path / "run", toy()).run(streams)
     assert state_of(tmp_path / "run" / LAST)[1] == 2
-
-
-@pytest.fixture
-def foreground() -> Iterator[None]:
-    """Ctrl-C is heard, as in a terminal; what a shell starts in the background ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
 
 
 class Interrupted(Toy):
