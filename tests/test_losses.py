@@ -10,7 +10,15 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from udas.losses import binary_cross_entropy, cross_entropy, entropy, robust_entropy, self_information, squared_distance
+from udas.losses import (
+    binary_cross_entropy,
+    cross_entropy,
+    entropy,
+    outputs_cross_entropy,
+    robust_entropy,
+    self_information,
+    squared_distance,
+)
 from udas.taxonomy import IGNORE
 
 CLASSES = 4
@@ -82,6 +90,14 @@ def test_confidence_does_not_decide_what_is_hard():
     weight = torch.tensor([[[0.1, 1.0]]])
     expected = 0.1 * F.cross_entropy(logits[..., :1], label[..., :1])
     torch.testing.assert_close(cross_entropy(logits, label, pixel_weight=weight, hard_share=0.5), expected)
+
+
+def test_further_outputs_are_weighted_as_the_main_one():
+    (main, label), (second, _), (third, _) = drawn(1), drawn(2), drawn(3)
+    classes, pixels = torch.tensor([0.5, 1.0, 2.0, 7.0]), torch.rand(label.shape)
+    first, *others = (by_hand(logits, label, classes, pixels, 0.5) for logits in (main, second, third))
+    found = outputs_cross_entropy((main, second, third), label, classes, pixels, 0.5, auxiliary=0.3)
+    assert found.item() == pytest.approx(first + 0.3 * sum(others), rel=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -90,6 +90,12 @@ def test_another_size_is_fitted_and_pictures_are_kept():
     torch.testing.assert_close(swap_amplitude(pictures(1, 24, 30), flat, 1e-6).mean(), torch.tensor(0.25))
 
 
+def test_a_larger_target_is_averaged_instead_of_skipped():
+    stripes = torch.tensor([0.8, 0.2, 0.2, 0.8]).repeat(40).expand(2, 3, 96, 160)
+    made = swap_amplitude(pictures(1, 24, 40), stripes, 1e-6)
+    torch.testing.assert_close(made.mean(), torch.tensor(0.5), rtol=0, atol=0.02)
+
+
 def test_pictures_do_not_see_each_other_or_the_autocast():
     source, target = pictures(1, 24, 40, 3), pictures(2, 24, 40, 3)
     together = swap_amplitude(source, target, 0.1)

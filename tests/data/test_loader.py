@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from udas.config import AugmentConfig
-from udas.data.batch import IGNORE, Batch, Stream
+from udas.data.batch import IGNORE, Batch, Stream, together
 from udas.data.dataset import PictureSet
 from udas.data.layout import Picture
 from udas.data.loader import collate, make_loader
@@ -120,6 +120,20 @@ def test_blocks_hold_what_they_promise(streams, whole):
             values = set((confidence * 255).round().int().unique().tolist())
             assert values <= {0, 51 * (int(name[1:]) + 1)}, "a confidence belongs to another picture"
         assert batch.pseudo.confidence.dtype == torch.float32
+
+
+def test_blocks_move_in_the_memory_format_of_the_device(whole):
+    moved = whole[0].to(torch.device("cpu"), torch.channels_last)
+    assert moved.source.image.is_contiguous(memory_format=torch.channels_last)
+    assert same(moved, whole[0])
+
+
+def test_pictures_of_two_sizes_do_not_go_together(whole):
+    small = whole[0].unlabelled
+    large = replace(small, image=small.image.repeat(1, 1, 2, 1))
+    assert torch.equal(together(whole[0].source, small), torch.cat([whole[0].source.image, small.image]))
+    with pytest.raises(ConfigError, match=r"pictures of 10 x 14, unlabelled ones of 20 x 14: .* augment\.crop"):
+        together(small, large)
 
 
 def test_a_sample_follows_from_seed_stream_and_draw(streams, whole):

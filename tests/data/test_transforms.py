@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from udas.config import AugmentConfig
 from udas.data.batch import IGNORE
-from udas.data.transforms import augment
+from udas.data.transforms import _recolour, augment
 
 STILL = {"scale": (1, 1), "flip": False, "brightness": 0, "contrast": 0, "saturation": 0, "hue": 0}
 PALETTE = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [40, 40, 40]], dtype=torch.uint8)
@@ -180,6 +180,49 @@ def test_colours_follow_torchvision(name):
         assert min(errors) < 0.02, "no factor of the range explains the picture"
     assert min(factors) < neutral - 0.8 * spread
     assert max(factors) > neutral + 0.8 * spread
+
+
+def test_colours_change_one_after_the_other():
+    image, draws = noise(8, 12) / 255, [0.9, 0.8, 0.9, 0.7]
+    strengths = {"brightness": 0.6, "contrast": 0.6, "saturation": 0.9, "hue": 0.2}
+    expected = image
+    for name, strength in strengths.items():
+        expected = _recolour(expected, settled(**{name: strength}), draws)
+    torch.testing.assert_close(_recolour(image, settled(**strengths), draws), expected)
+
+
+def uncorrelated(*measures):
+    """Whether no two of the lists have more in common than chance gives independent ones."""
+    count = len(measures[0])
+    found = torch.corrcoef(torch.tensor(measures, dtype=torch.float64))
+    return (found - torch.eye(len(measures))).abs().max() < 4 / count**0.5
+
+
+def test_zoom_place_and_mirror_are_drawn_apart():
+    y, x = torch.meshgrid(torch.arange(60), torch.arange(60), indexing="ij")
+    image, config = torch.stack([x, y, x]).to(torch.uint8), settled(scale=(0.8, 1.25), crop=(20, 20), flip=True)
+    crops = [augment(image, None, None, config, generator(seed))[0] for seed in range(800)]
+    assert uncorrelated(
+        [crop[0].mean().item() for crop in crops],
+        [crop[1].mean().item() for crop in crops],
+        [(crop[1].max() - crop[1].min()).item() for crop in crops],
+        [float(crop[0, 0, 0] < crop[0, 0, -1]) for crop in crops],
+    )
+
+
+def test_the_factors_of_the_colours_are_drawn_apart():
+    tinted = (102 + 0.2 * noise(8, 12) * torch.tensor([1.0, 0.9, 0.6]).view(3, 1, 1)).to(torch.uint8)
+    strengths = {"brightness": 0.3, "contrast": 0.3, "saturation": 0.3, "hue": 0.05}
+    bright, hard, gaudy, turned = (
+        [augment(tinted, None, None, settled(**{name: strength}), generator(seed))[0] for seed in range(800)]
+        for name, strength in strengths.items()
+    )
+    assert uncorrelated(
+        [picture.mean().item() for picture in bright],
+        [picture.mean(0).std().item() for picture in hard],
+        [(picture.amax(0) - picture.amin(0)).mean().item() for picture in gaudy],
+        [(picture[1] - picture[2]).mean().item() for picture in turned],
+    )
 
 
 def test_colours_change_before_the_padding():

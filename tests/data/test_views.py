@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import Tensor
 from torchvision.transforms import AutoAugment
 from torchvision.transforms.v2 import functional as tv
 
+from udas.data import views as module
 from udas.data.views import PHOTOMETRIC, SIGNED_RANGE, View, compose, draw_views, look, map_back, strength
 
 SIZE = (48, 64)
@@ -144,3 +148,14 @@ def test_draws_use_the_chances_of_the_policy() -> None:
     turns = [float(view.matrix[1, 0]) for view in views if view.matrix[1, 0] != 0]
     assert min(turns) < 0 < max(turns)
     assert {name for view in views for name, _ in view.photometric} >= {"Equalize", "Posterize", "Solarize", "Color"}
+
+
+def test_operations_of_a_policy_come_with_chances_and_signs_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = (("Brightness", 0.5, 9), ("Color", 0.8, 9))
+    monkeypatch.setattr(module, "AutoAugment", lambda: SimpleNamespace(policies=[policy]))
+    found = [draw_views(2, 0, str(number), SIZE)[1].photometric for number in range(1000)]
+    counts = Counter(tuple(name for name, _ in operations) for operations in found)
+    expected = {(): 100, ("Brightness",): 100, ("Color",): 400, ("Brightness", "Color"): 400}
+    assert all(abs(counts[names] - count) < 60 for names, count in expected.items())  # standard deviations 9 to 15
+    pairs = [operations for operations in found if len(operations) == 2]
+    assert 0.4 < sum(one[1] == other[1] for one, other in pairs) / len(pairs) < 0.6

@@ -26,7 +26,7 @@ from equivalence.stepping import advance, lend_engine, turns
 from udas.data.batch import IGNORE, Stream
 from udas.methods.adaptsegnet import AdaptSegNet
 from udas.methods.advent import AdvEnt
-from udas.methods.adversary import FAKE, REAL
+from udas.methods.adversary import FAKE, REAL, CriticOptimiser
 
 LABELLED = Stream.LABELLED
 
@@ -51,6 +51,7 @@ CASES = {
     ),
     "pseudo-labels in place of the source": (PSEUDO, {"network": MULTI, "adversarial": 0.1}),
     "real labels too": ((*SOURCE, LABELLED), {"adversarial": 0.1, "labelled": 0.7}),
+    "two levels, real labels too": ((*SOURCE, LABELLED), {"network": MULTI, "auxiliary": 0.3, "labelled": 0.7}),
 }
 
 
@@ -131,3 +132,8 @@ def test_the_defaults_are_the_published_weights():
     for kind in SEEN:
         method = make(kind, SOURCE, MULTI)
         assert (method.config.auxiliary, method.lambda_adv, method.config.gan) == (0.1, [1e-3, 2e-4], "vanilla")
+
+
+def test_the_critics_optimiser_is_the_published_one():
+    config = CriticOptimiser()
+    assert (config.name, config.lr, config.betas, config.weight_decay) == ("adam", 1e-4, (0.9, 0.99), 0)

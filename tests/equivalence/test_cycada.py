@@ -77,11 +77,14 @@ class Naive:
 
     def look(self, image):
         """Logits, and what the critic sees; features are caught on their way into the classifier."""
+        if self.config.evidence == "scores":
+            levels = self.net.levels(image)
+            return levels, levels[0]
         seen = []
         handle = self.net.decoder.score.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
         levels = self.net.levels(image)
         handle.remove()
-        return levels, (levels[0] if self.config.evidence == "scores" else seen[0])
+        return levels, seen[0]
 
     def criticise(self, seen):
         """Probabilities [all locations, 2]: every location is a row."""
@@ -102,6 +105,7 @@ CASES = {
     "scores": (UDA, {"gate": None}),
     "scores, real labels": (ALL, {"gate": None, "labelled": 0.4, "adversarial": 0.3}),
     "features": (UDA, {"gate": None, "evidence": "features"}),
+    "two levels": (ALL, {"network": "deeplabv2_multi", "gate": None, "auxiliary": 0.3, "labelled": 0.4}),
     "gate": (UDA, {"gate": 0.5, "window": 2, "adversarial": 1.0, "critic_optimiser": CRITIC | {"lr": 0.5}}),
 }
 
@@ -168,6 +172,20 @@ def test_the_critic_learns_to_tell_the_domains_apart():
     losses = [advance(engine, method, seen) for _ in range(8)]
     totals = [loss["critic on source"] + loss["critic on target"] for loss in losses]
     assert totals[-1] < totals[0]
+
+
+def test_the_running_average_is_handed_on_and_follows():
+    method = make(average=0.5, gate=None)
+    start = copy.deepcopy(method.segmenter)
+    advance(lend_engine(method), method, batch(0))
+    assert method.model() is not method.segmenter
+    trios = zip(method.model().parameters(), start.parameters(), method.segmenter.parameters(), strict=True)
+    for average, before, now in trios:
+        torch.testing.assert_close(average.data, ((before + now) / 2).data)
+
+
+def test_the_critic_has_the_dropout_of_the_settings():
+    assert {m.p for m in make(dropout=0.3).critic.modules() if isinstance(m, nn.Dropout2d)} == {0.3}
 
 
 # ------------------------------------------------------------------------------------------------------------ gate

@@ -21,7 +21,7 @@ from udas.errors import ConfigError, DataError
 from udas.losses import squared_distance
 from udas.methods.base import Task
 from udas.methods.cyclegan import CycleGAN, CycleGANConfig, ImagePool, critic_loss
-from udas.networks.generators import load_translator
+from udas.networks.generators import Translator, load_translator
 from udas.networks.segmenters import Segmenter
 from udas.validation import validate
 
@@ -170,6 +170,20 @@ def test_lambdas_weigh_their_terms():
             "D_X": 0.5,
         }
     )
+
+
+def test_discriminators_see_every_picture_through_noise():
+    method, seen = make(noise=0.5), {"D_X": [], "D_Y": []}
+    method.G, method.F = Shift(0.0), Shift(0.0)
+    for name, pictures in seen.items():
+        getattr(method, name).register_forward_pre_hook(lambda _, given, pictures=pictures: pictures.append(given[0]))
+    given = batch(0, height=64, width=64)
+    advance(lend_engine(method), method, given)
+    x, y = 2 * given.source.image - 1, 2 * given.unlabelled.image - 1
+    for name, shown in {"D_Y": [x, y, x], "D_X": [y, x, y]}.items():  # translation, picture, translation from the pool
+        for picture, clean in zip(seen[name], shown, strict=True):
+            assert (picture - clean).mean().item() == pytest.approx(0, abs=0.02)
+            assert (picture - clean).std().item() == pytest.approx(0.5, abs=0.02)
 
 
 class Shift(nn.Module):
@@ -374,6 +388,11 @@ def test_a_changed_learning_rate_keeps_the_rest_of_the_paper():
     assert (config.lambda_a, config.lambda_b, config.lambda_idt, config.pool) == (10, 10, 0.5, 50)
 
 
+def test_generators_and_discriminators_have_optimisers_of_their_own():
+    engine = lend_engine(make(generators={"lr": 1e-3}, discriminators={"lr": 5e-4}))
+    assert engine.learning_rates() == {"generators": 1e-3, "discriminators": 5e-4}
+
+
 def test_preview_shows_both_ways_in_the_range_of_pictures():
     method = make()
     pictures = method.preview(batch(0, height=25, width=31))
@@ -383,6 +402,9 @@ def test_preview_shows_both_ways_in_the_range_of_pictures():
         assert not picture.requires_grad
         assert 0 <= picture.min() <= picture.max() <= 1
     assert torch.equal(pictures["G(x)"], method.model()(pictures["x"]))
+    back = Translator(method.F)
+    assert torch.equal(pictures["F(G(x))"], back(pictures["G(x)"]))
+    assert torch.equal(pictures["F(y)"], back(pictures["y"]))
 
 
 def test_model_is_g_and_outlives_the_training(tmp_path):

@@ -64,6 +64,10 @@ CASES = {
     "two levels": (SOURCE, {"network": MULTI, "auxiliary": 0.3, "entropy": 0.1, "entropy_auxiliary": 0.05}),
     "pseudo-labels in place of the source": (PSEUDO, {"entropy": 0.1}),
     "real labels too": ((*SOURCE, Stream.LABELLED), {"entropy": 0.1, "labelled": 0.7}),
+    "two levels, real labels too": (
+        (*SOURCE, Stream.LABELLED),
+        {"network": MULTI, "auxiliary": 0.3, "entropy": 0.1, "labelled": 0.7},
+    ),
     "real labels that are not used": ((*SOURCE, Stream.LABELLED), {"entropy": 0.1, "labelled": 0}),
 }
 

@@ -156,13 +156,14 @@ def test_step_is_the_formula(case):
     assert method.balance.missing.tolist() == pytest.approx(naive.often)
 
 
-def test_memory_begins_at_its_step():
-    """0.6 of five steps are three; without an adversary it is all there is of the target."""
-    method = make(adversarial=0)
+@pytest.mark.parametrize(("share", "first"), [(0.6, 3), (0.35, 2)])
+def test_memory_begins_at_its_step(share, first):
+    """0.6 of five steps are three, 0.35 nearly two; without an adversary it is all there is of the target."""
+    method = make(adversarial=0, memory_from=share)
     engine, seen = lend_engine(method, STEPS), batch(0)
     terms = [advance(engine, method, seen, step)["memory"] for step in range(5)]
-    assert terms[:3] == [0, 0, 0]
-    assert min(terms[3:]) > 0
+    assert terms[:first] == [0] * first
+    assert min(terms[first:]) > 0
 
 
 def test_each_player_moves_alone():

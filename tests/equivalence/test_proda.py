@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
 from equivalence.stepping import advance, assert_same_weights, lend_engine
 from udas.data.batch import IGNORE, Batch, Stream
-from udas.data.randaugment import draw_strong
+from udas.data.randaugment import draw_strong, unchanged
 from udas.errors import ConfigError
 from udas.methods.distil import Distil, DistilConfig
 from udas.methods.proda import ProDA, ProDAConfig, masked
@@ -50,10 +50,10 @@ def proda(streams=UDA, network="deeplabv2", vectors=None, **settings):
     return ProDA(validate(ProDAConfig, config, "test"), given)
 
 
-def distil(streams, **settings):
+def distil(streams, network="deeplabv2", **settings):
     torch.manual_seed(3)
     config = validate(DistilConfig, {"optimiser": SGD} | settings, "test")
-    return Distil(config, earlier(task(streams, "deeplabv2", STEPS)))
+    return Distil(config, earlier(task(streams, network, STEPS)))
 
 
 def batch(step, streams):
@@ -161,6 +161,10 @@ CASES = {
     "by prediction": (UDA, {"reweight": "prediction", "averaged_norm": "running"}),
     "plain self-training": (UDA, {"reweight": "none", "strong": False, "structure": 0}),
     "two levels": (ALL, {"network": "deeplabv2_multi", "auxiliary": 0.3}),
+    "two levels, by prediction": (
+        UDA,
+        {"network": "deeplabv2_multi", "reweight": "prediction", "soft_label": "moving", "target": "soft"},
+    ),
     "a class never seen": (UDA, {"vectors": lambda rows: rows * torch.tensor([[1.0], [0.0], [1.0]])}),
 }
 
@@ -218,6 +222,16 @@ def test_black_borders_teach_nothing_and_move_no_prototype():
     assert found[0] == found[1]
     label = torch.arange(2).view(2, 1, 1).expand(2, 4, 6)
     assert (masked(label, inside) == IGNORE).tolist() == [[[False] * 3 + [True] * 3] * 4] * 2
+
+
+def test_a_step_moves_prototypes_by_what_is_inside_the_picture():
+    method, framed, given = proda(), batch(0, UDA), []
+    framed.unlabelled.image[:, :, :, 24:] = 0
+    method.prototypes.update = lambda features, label: given.append(label == IGNORE)
+    advance(lend_engine(method), method, framed)
+    width = given[0].shape[-1] // 2
+    assert given[0][..., width + 1 :].all()
+    assert not given[0][..., :width].any()
 
 
 @pytest.mark.parametrize("align_corners", [True, False])
@@ -297,7 +311,7 @@ class NaiveDistil:
         if batch.labelled is not None:
             terms["labelled"] = c.labelled * supervised(self.net, batch.labelled, c.auxiliary)
         seen = batch.pseudo
-        views = draw_strong(seen.image, seen.seeds)
+        views = draw_strong(seen.image, seen.seeds) if c.strong else unchanged(seen.image)
         image, label = views.picture(seen.image), views.label(seen.label)
         logits = self.net(image)
         student, teacher = softmax(logits), softmax(self.teacher(image)).detach()
@@ -309,9 +323,17 @@ class NaiveDistil:
         return {name: term.item() for name, term in terms.items()}
 
 
-@pytest.mark.parametrize("streams", [(Stream.SOURCE, Stream.PSEUDO), (Stream.SOURCE, Stream.PSEUDO, Stream.LABELLED)])
-def test_the_step_of_the_distillation_is_the_formula(streams):
-    method = distil(streams, pseudo=0.7, distillation=3.0, labelled=0.5)
+@pytest.mark.parametrize(
+    ("streams", "settings"),
+    [
+        ((Stream.SOURCE, Stream.PSEUDO), {}),
+        ((Stream.SOURCE, Stream.PSEUDO), {"strong": False}),
+        ((Stream.SOURCE, Stream.PSEUDO, Stream.LABELLED), {}),
+        ((Stream.SOURCE, Stream.PSEUDO, Stream.LABELLED), {"network": "deeplabv2_multi", "auxiliary": 0.3}),
+    ],
+)
+def test_the_step_of_the_distillation_is_the_formula(streams, settings):
+    method = distil(streams, pseudo=0.7, distillation=3.0, labelled=0.5, **settings)
     naive, engine = NaiveDistil(method), lend_engine(method, STEPS)
     for step in range(3):
         seen = batch(step, streams)

@@ -206,6 +206,21 @@ def test_mixed_only_without_anything_to_mix_is_a_mistake(streams, settings):
         make(streams, source=0, **settings)
 
 
+def test_the_running_average_is_handed_on_and_follows():
+    method = make(UDA, average=0.5)
+    start = copy.deepcopy(method.segmenter)
+    advance(lend_engine(method), method, batch(0, UDA))
+    assert method.model() is not method.segmenter
+    trios = zip(method.model().parameters(), start.parameters(), method.segmenter.parameters(), strict=True)
+    for average, before, now in trios:
+        torch.testing.assert_close(average.data, ((before + now) / 2).data)
+
+
+def test_pictures_need_one_size_where_they_are_mixed():
+    assert make(ALL, source=0).same_size() == {Stream.SOURCE, Stream.LABELLED}
+    assert not make(ALL, cutmix=0).same_size()
+
+
 # ------------------------------------------------------------------------------------------------------ the mixing
 
 

@@ -17,7 +17,7 @@ from torch import nn
 from udas.data.dataset import Domain, load_domain
 from udas.errors import ConfigError, DataError, RunError
 from udas.evaluation.evaluate import Sample, batches, evaluate, evaluation_mode
-from udas.evaluation.metrics import Scores, confusion
+from udas.evaluation.metrics import Scores, bootstrap, confusion
 from udas.evaluation.protocols import ProtocolConfig
 from udas.taxonomy import Taxonomy, load_taxonomy
 
@@ -120,6 +120,7 @@ def test_subset_is_scored_in_the_reading_of_the_protocol():
         protocol = ProtocolConfig(subset=("road", "sky"), reading=reading)
         result = evaluate(colour, Pictures(), SPACE, protocol, CPU)
         assert result.scores == Scores.from_confusion(matrix, SPACE.classes, ("road", "sky"), reading)
+        assert result.interval == bootstrap(result.per_picture, [0, 1], reading)
         assert f"reading {reading!r}" in result.summary()["protocol"]
 
 

@@ -165,7 +165,11 @@ def test_published_settings():
     assert PROTOCOLS["adaptsegnet"].align_corners
     assert not PROTOCOLS["daformer"].align_corners
     assert PROTOCOLS["fda"].input == (576, 1344)
+    assert PROTOCOLS["fda"].upsample == PROTOCOLS["seg_uncertainty"].upsample == "probabilities"
     assert PROTOCOLS["proda"].reading == "ignore"
+    assert PROTOCOLS["proda"].restrict
+    assert PROTOCOLS["seg_uncertainty"].scales == (1.0, 1.25)
+    assert PROTOCOLS["seg_uncertainty"].flips
     assert PROTOCOLS["seg_uncertainty"].fusion == (1.0, 0.5)
 
 

@@ -62,6 +62,23 @@ def test_scales_are_separate_networks_of_the_published_size():
     assert parameters(critic) == 3 * one
 
 
+def test_scales_have_the_published_strides_and_slopes():
+    scale = MultiScaleDiscriminator(19).scales[0]
+    assert [m.stride[0] for m in scale if isinstance(m, torch.nn.Conv2d)] == [2, 1, 2, 1, 2, 1]
+    slopes = [m.negative_slope for m in scale.modules() if isinstance(m, torch.nn.LeakyReLU)]
+    assert slopes == [0.2] * (4 + 4 * 2)
+
+
+def test_blocks_of_a_scale_add_to_what_they_are_given():
+    """With weights of zero in all four of them the score is still one of the picture."""
+    critic = MultiScaleDiscriminator(3, width=4, scales=1)
+    for block in critic.scales[0][9:13]:
+        for parameter in block.parameters():
+            torch.nn.init.zeros_(parameter)
+    (score,) = critic(torch.rand(1, 3, 64, 64))
+    assert score.std() > 0
+
+
 def test_constant_pictures_have_no_border_in_the_pooled_scales():
     """A padding that counts would darken the border of every coarser scale."""
     seen = []
@@ -106,14 +123,23 @@ def test_layers_refuse_pictures_without_a_score():
         critic(torch.rand(1, 3, 23, 40))
 
 
-def test_layers_begin_small():
+def test_layers_are_normalised_but_for_the_first_and_last():
+    layers = NLayerDiscriminator(3).layers
+    normalised = ["Conv2d", "InstanceNorm2d", "LeakyReLU"]
+    assert [type(m).__name__ for m in layers] == ["Conv2d", "LeakyReLU", *normalised * 3, "Conv2d"]
+    assert {m.negative_slope for m in layers if isinstance(m, torch.nn.LeakyReLU)} == {0.2}
+
+
+@pytest.mark.parametrize("kind", [NLayerDiscriminator, MultiScaleDiscriminator])
+def test_weights_begin_small(kind):
     torch.manual_seed(0)
-    weights = torch.cat([p.flatten() for p in NLayerDiscriminator(3).parameters() if p.dim() > 1])
+    weights = torch.cat([p.flatten() for p in kind(3).parameters() if p.dim() > 1])
     assert weights.mean().item() == pytest.approx(0, abs=1e-4)
     assert weights.std().item() == pytest.approx(0.02, rel=1e-2)
 
 
 def test_pixels_are_judged_alone():
+    torch.manual_seed(0)
     critic = PixelDiscriminator(5, width=8, dropout=0)
     image = torch.rand(2, 5, 3, 4)
     verdict = critic(image)

@@ -139,7 +139,9 @@ def test_entropy_is_one_for_no_idea_and_zero_for_certainty() -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_labels_are_those_of_a_naive_loop(pictures: PictureSet, tmp_path: Path, temperature: float) -> None:
-    config = LabelConfig(views=4, rule="constant", threshold=0.7, temperature=temperature, confidence=True, batch=3)
+    config = LabelConfig(
+        views=4, rule="constant", threshold=0.7, temperature=temperature, confidence=True, batch=3, seed=5
+    )
     model = Colours()
     label(model, unlabelled(pictures), TOWN, config, tmp_path / "out", CPU)
     for index, picture in enumerate(pictures.pictures):
@@ -295,6 +297,9 @@ def test_previews_show_truth_only_where_it_is_known(pictures: PictureSet, tmp_pa
             shown = {path.stem: path for path in (out / "preview" / str(k)).iterdir()}
             assert set(shown) == kinds | extra
             assert {read(path).shape for path in shown.values()} == {(*SIZES[index], 3)}
+            label_of_it = read(out / "labels" / f"{pictures.pictures[index].name}.png")
+            assert (label_of_it == IGNORE).any()
+            assert np.array_equal(read(shown["label"]), TOWN.colourise(label_of_it))
 
 
 # ------------------------------------------------------------------------------------------------------ resumption

@@ -90,6 +90,29 @@ def test_adam_with_decoupled_decay_follows_its_formula() -> None:
         assert lent.learning_rates()["critic"] == pytest.approx(lr)
 
 
+def test_the_decay_of_adam_is_a_part_of_its_gradient() -> None:
+    """Where the loss has no gradient the first step is the learning rate against the sign of every weight."""
+    config = OptimiserConfig(name="adam", lr=0.01, weight_decay=0.1, schedule="constant")
+    method = toy(config=ToyConfig(critic=config))
+    weight = method.critic.bias
+    before = weight.detach().clone()
+    with engine(method).update("critic") as minimise:
+        minimise(0 * weight.sum(), "nothing")
+    torch.testing.assert_close(weight.detach(), before - 0.01 * before.sign(), rtol=0, atol=1e-6)
+
+
+def test_what_was_computed_in_full_precision_is_differentiated_in_it() -> None:
+    method = toy(config=ToyConfig(critic=PLAIN))
+    runtime = replace(CPU, precision="bf16", channels_last=False)
+    lent, image, before = engine(method, 10, runtime), torch.rand(27, 5), method.critic.weight.detach().clone()
+    with runtime.autocast(), lent.update("critic") as minimise:
+        with torch.autocast("cpu", enabled=False):
+            loss = (method.critic.weight.flatten(1) @ image).sum()
+        minimise(loss, "exact")
+    moved = (before - method.critic.weight.detach()).flatten(1) / 0.1
+    torch.testing.assert_close(moved, image.sum(1).expand(2, -1), rtol=1e-4, atol=1e-5)
+
+
 def test_the_decoder_learns_head_factor_times_faster() -> None:
     network = build_segmenter(NetworkConfig(name="fcn", encoder="test_resnet", weights=None), 2)
     optimised = Optimised.segmenter(network, PLAIN.model_copy(update={"head_factor": 10.0}))
