@@ -260,7 +260,7 @@ def test_places_are_those_the_user_wrote(changes: dict[str, Any], found: dict[st
 def test_a_value_that_fits_no_branch_is_told_of_all() -> None:
     found = wrong(DomainConfig, DOMAIN | {"labelled": 5})
     assert found == {
-        "labelled": "input should be keys with values (got 5) or input should be 'all' or 'none' (got 5) "
+        "labelled": "input should be keys with values (got 5) or input should be 'all', 'none' or 'existing' (got 5) "
         "or input should be a valid string (got 5)"
     }
 
