@@ -132,7 +132,7 @@ RED, BLUE = np.array([1, 0, 0], np.float32), np.array([0, 0, 1], np.float32)
 
 @settings(max_examples=50, deadline=None)
 @given(
-    angles=st.tuples(*[st.floats(-20, 20)] * 3),
+    angles=st.tuples(*[st.floats(-20, 20, allow_subnormal=False)] * 3),  # a training of another test flushes these
     column=st.integers(0, 63),
     row=st.integers(0, 31),
     depth=st.floats(1, 200),
