@@ -170,13 +170,13 @@ class SegmentationConfig(MethodConfig):
 
 
 class AdaptationConfig(SegmentationConfig):
-    """Base of the settings of methods that learn from synthetic labels, and from real ones where there are some."""
+    """Base of the settings of adaptation methods, to which real labels add a plain cross-entropy."""
 
     labelled: float = Field(1.0, ge=0, description="weight of the cross-entropy on labelled real pictures, where given")
 
 
 class SemiSupervisedConfig(SegmentationConfig):
-    """Base of the settings of methods that learn from real labels, and from synthetic ones where there are some."""
+    """Base of the settings of semi-supervised methods, to which synthetic labels add a plain cross-entropy."""
 
     source: float = Field(1.0, ge=0, description="weight of the cross-entropy on synthetic pictures, where given")
 

@@ -237,6 +237,9 @@ def test_strong_steps_come_with_their_probabilities():
     blurred = strong(image, many(count), jittered=0, grey=0, blurred=0.5)
     assert 250 < (blurred != image).any(3).any(2).any(1).sum() < 350
     jittered = strong(image, many(count), jittered=0.8, grey=0, blurred=0)
+    both = strong(image, many(count), jittered=0.5, grey=0.5, blurred=0)
+    only_grey = strong(image, many(count), jittered=0, grey=1, blurred=0)
+    assert 110 < (both == only_grey).all(3).all(2).all(1).sum() < 190, "the steps are not independent"
     assert 440 < (jittered != image).any(3).any(2).any(1).sum() < 520
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 
 from udas.training.engine import TrainingEngine
@@ -28,6 +30,16 @@ def assert_same_weights(ours, theirs, rtol=1e-5, atol=2e-6):
     found = ours.state_dict()
     for key, value in theirs.state_dict().items():
         torch.testing.assert_close(found[key], value, rtol=rtol, atol=atol, msg=lambda text, key=key: f"{key}: {text}")
+
+
+def assert_average_follows(method, batch):
+    """After a step the network that is handed on, an average with decay 1/2, is half way to the one that learns."""
+    start = copy.deepcopy(method.segmenter)
+    advance(lend_engine(method), method, batch)
+    assert method.model() is not method.segmenter
+    trios = zip(method.model().parameters(), start.parameters(), method.segmenter.parameters(), strict=True)
+    for average, before, now in trios:
+        torch.testing.assert_close(average.data, ((before + now) / 2).data)
 
 
 def turns(engine, players):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from equivalence.small import CLASSES, block, naive_cross_entropy, task
-from equivalence.stepping import advance, assert_same_weights, lend_engine, turns
+from equivalence.stepping import advance, assert_average_follows, assert_same_weights, lend_engine, turns
 from udas.data.batch import IGNORE, Batch, Stream
 from udas.methods.cycada import SOURCE, TARGET, CyCADA, CyCADAConfig, Gate, accuracy, domain_cross_entropy
 from udas.validation import validate
@@ -175,13 +175,7 @@ def test_the_critic_learns_to_tell_the_domains_apart():
 
 
 def test_the_running_average_is_handed_on_and_follows():
-    method = make(average=0.5, gate=None)
-    start = copy.deepcopy(method.segmenter)
-    advance(lend_engine(method), method, batch(0))
-    assert method.model() is not method.segmenter
-    trios = zip(method.model().parameters(), start.parameters(), method.segmenter.parameters(), strict=True)
-    for average, before, now in trios:
-        torch.testing.assert_close(average.data, ((before + now) / 2).data)
+    assert_average_follows(make(average=0.5, gate=None), batch(0))
 
 
 def test_the_critic_has_the_dropout_of_the_settings():

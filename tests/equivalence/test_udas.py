@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from equivalence.small import block, naive_cross_entropy, task
-from equivalence.stepping import advance, assert_same_weights, lend_engine, turns
+from equivalence.stepping import advance, assert_average_follows, assert_same_weights, lend_engine, turns
 from udas.data.batch import IGNORE, Batch, Stream
 from udas.data.masks import cutmix_boxes
 from udas.data.mixing import jitter
@@ -207,13 +207,7 @@ def test_mixed_only_without_anything_to_mix_is_a_mistake(streams, settings):
 
 
 def test_the_running_average_is_handed_on_and_follows():
-    method = make(UDA, average=0.5)
-    start = copy.deepcopy(method.segmenter)
-    advance(lend_engine(method), method, batch(0, UDA))
-    assert method.model() is not method.segmenter
-    trios = zip(method.model().parameters(), start.parameters(), method.segmenter.parameters(), strict=True)
-    for average, before, now in trios:
-        torch.testing.assert_close(average.data, ((before + now) / 2).data)
+    assert_average_follows(make(UDA, average=0.5), batch(0, UDA))
 
 
 def test_pictures_need_one_size_where_they_are_mixed():

@@ -291,7 +291,7 @@ class Domain:
     def _with_label_file(self, split: str) -> list[str]:
         if self.config.labels is None:
             raise DataError(f"{self.config.name} {split}: `labelled: existing`, but `labels` is not given")
-        files = {picture.name: self.root / self._layout.label(picture) for picture in self.pictures(split)}
+        files = self._label_files(self.pictures(split))
         found = [name for name, file in files.items() if file.is_file()]
         if not found:
             example = next(iter(files.values()))
@@ -313,11 +313,14 @@ class Domain:
         chosen = tuple(picture for picture in self.pictures(split) if picture.name in names)
         if chosen and self.config.labels is None:
             raise DataError(f"{self.config.name} {split}: pictures are granted as labelled, but `labels` is not given")
-        files = {picture.name: self.root / self._layout.label(picture) for picture in chosen}
+        files = self._label_files(chosen)
         if lost := [path for path in files.values() if not path.is_file()]:
             raise DataError(f"{lost[0]}: no such label file ({len(lost)} of {len(files)} are missing); check `labels`")
         granted = replace(self.unlabelled(split), pictures=chosen, labels=files)
         return replace(granted, label_map=self._label_map, channel=self.config.channel)
+
+    def _label_files(self, pictures: Iterable[Picture]) -> dict[str, Path]:
+        return {picture.name: self.root / self._layout.label(picture) for picture in pictures}
 
     def _list(self, split: str) -> list[Picture]:
         self._prepare()

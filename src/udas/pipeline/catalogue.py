@@ -35,15 +35,15 @@ def print_name(what: str, name: str) -> None:
     Raises:
         ConfigError: an unknown kind or name.
     """
-    rows = _rows(what)
-    if name not in dict(rows):
-        raise ConfigError(f"{what}: nothing is called {name!r}{nearest(name, list(dict(rows)))}")
+    rows = dict(_rows(what))
+    if name not in rows:
+        raise ConfigError(f"{what}: nothing is called {name!r}{nearest(name, list(rows))}")
     if what in FOLDERS:
         print(find_yaml(name, what).read_text(encoding="utf-8"), end="")
     elif what == "methods":
         _print_method(name)
     else:
-        _print_rows(what, [(name, dict(rows)[name])])
+        _print_rows(what, [(name, rows[name])])
 
 
 def _rows(kind: str) -> list[tuple[str, str]]:
